@@ -1,0 +1,184 @@
+"""What happens around the training steps: evaluation, keeping the best weights, the state to continue from, the progress line."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from tqdm import tqdm
+
+from dreambooth.config import Config
+from dreambooth.encoders import LoadedEncoders
+from dreambooth.errors import UserError
+from dreambooth.evaluation import Item, draw, save_images, score, selection_plan
+from dreambooth.final_scores import write_grid
+from dreambooth.module import DreamBoothModule
+from dreambooth.photos import image_grid
+from dreambooth.runs import MetricsFile, RunFolder, save_weights
+from dreambooth.statistics import Choice, StepScores, choose_step
+
+SCORE_KEYS = ("identity_fidelity", "prompt_alignment", "drift", "diversity", "class_diversity")
+
+
+class CsvLogger(Logger):
+    """Lightning's logger shell over `metrics.csv`; a continued run first drops the rows behind the state that it continues from."""
+
+    def __init__(self, metrics: MetricsFile) -> None:
+        super().__init__()
+        self.metrics = metrics
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config is in run.json."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        done = step + 1 if any(key.startswith("train/") for key in metrics) else step  # Lightning counts a step's losses from 0
+        self.metrics.append(done, {key: value for key, value in metrics.items() if key != "epoch"})
+
+
+class SelectionScores(pl.Callback):
+    """Every `eval_every` steps: the same prompts with the same noise, scored; the weights of the best step so far are kept.
+
+    Args:
+        run: where samples and weights go.
+        config: resolved.
+        photos: uint8 (M, H, W, 3), the prepared subject photos.
+        encoders: None when their weights are not to be had: then pictures only, and the last step counts as the best.
+        metrics: scores of earlier steps are read from here when a run is continued.
+    """
+
+    def __init__(self, run: RunFolder, config: Config, photos: np.ndarray, encoders: LoadedEncoders | None, metrics: MetricsFile) -> None:
+        self.run, self.config, self.encoders, self.photos = run, config, encoders, photos
+        self.subject = encoders.identity(photos) if encoders else None
+        self.plan = selection_plan(config)
+        self.metrics, self.last_step = metrics, -1
+        self.rows: list[StepScores] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Scores the un-tuned base, or takes up the scores of the run that is continued."""
+        self.rows = [_from_csv(row) for row in self.metrics.read() if row.get("score/drift") or row.get("score/evaluated")]
+        self.last_step = trainer.global_step
+        if trainer.global_step == 0:
+            self.evaluate(trainer, module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: DreamBoothModule, *args: Any) -> None:
+        """Evaluates after each `eval_every` optimiser steps and after the last."""
+        step = trainer.global_step
+        if step == self.last_step:  # a batch that only accumulated gradients
+            return
+        self.last_step = step
+        if step % self.config.trainer.eval_every == 0 or step == self.config.trainer.max_steps:
+            self.evaluate(trainer, module)
+
+    def evaluate(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
+        """Draws, scores, logs; keeps the weights if this step is now the best."""
+        step, started = trainer.global_step, time.perf_counter()
+        with self.run.clock("evaluation while training"):
+            images = draw(module.base, self.plan, self.config)
+            save_images(self.run.path / "samples" / f"step-{step:06d}", self.plan, images, {"run": self.run.path.name, "step": step})
+            values = score(images, self.plan, self.subject, self.encoders).values if self.encoders else {}
+            scores = StepScores(step, *(values.get(key, float("nan")) for key in SCORE_KEYS[:4]))
+            self.rows = [row for row in self.rows if row.step < step] + [scores]
+            row = {f"score/{key}": value for key, value in values.items()} | {"score/evaluated": 1.0}
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step)
+                if hasattr(logger, "log_image"):
+                    logger.log_image("samples/selection", [step_grid(self.plan, images)], step=step)
+            write_grid(self.run.path / "samples" / f"step-{step:06d}.png", step_grid(self.plan, images))
+            if self.choice().step == step:
+                save_weights(self.run, "best", module.base, step)
+            if step == self.config.trainer.max_steps:
+                save_weights(self.run, "final", module.base, step)
+        tqdm.write(_event(step, values, time.perf_counter() - started))
+
+    def choice(self) -> Choice:
+        """Returns the best step so far, by the rule that the config declares."""
+        return choose_step(self.rows, self.config.evaluation.min_alignment_ratio, self.config.evaluation.max_drift_gain)
+
+
+class ContinueState(pl.Callback):
+    """Writes `checkpoints/last.ckpt` every `checkpoint_every` steps, whole or not at all. Stands after `SelectionScores` in the list."""
+
+    def __init__(self, run: RunFolder, every: int) -> None:
+        self.path, self.every, self.last_step = run.path / "checkpoints" / "last.ckpt", every, -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        """Saves when the step is due."""
+        step, max_steps = trainer.global_step, trainer.max_steps
+        if step == self.last_step or (step % self.every and step != max_steps):
+            return
+        self.last_step = step
+        temporary = self.path.with_name(".last.ckpt.tmp")
+        trainer.save_checkpoint(temporary)
+        os.replace(temporary, self.path)
+
+
+class StopAtNonFinite(pl.Callback):
+    """Ends the run at the first loss that is not a number, before it can spoil the weights that were kept."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        """Looks at the loss of the step."""
+        if not torch.isfinite(outputs["loss"]):
+            raise UserError("the loss", f"must stay finite, at step {trainer.global_step}", float(outputs["loss"]),
+                            "lower optim.learning_rate, or use trainer.precision=32-true")
+
+
+class ProgressLine(pl.Callback):
+    """One bar over all steps: the loss, steps a second, and the time left."""
+
+    def __init__(self, show: bool) -> None:
+        self.show, self.loss, self.bar, self.last_step = show, None, None, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Opens the bar where the run stands."""
+        self.last_step = trainer.global_step
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", disable=not self.show, dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        """Moves on by a step and smooths the loss."""
+        if self.show:
+            loss = float(outputs["loss"])
+            self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+            self.bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
+        self.bar.update(trainer.global_step - self.last_step)
+        self.last_step = trainer.global_step
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Closes the bar, after a failure too."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def step_grid(items: list[Item], images: np.ndarray) -> Any:
+    """Returns the pictures of one evaluation: a row a prompt."""
+    prompts = list(dict.fromkeys(item.prompt for item in items))
+    return image_grid([[image for item, image in zip(items, images, strict=True) if item.prompt == prompt] for prompt in prompts], prompts)
+
+
+def last_state(run: RunFolder, metrics: MetricsFile) -> Path | None:
+    """Returns the state to continue from, with `metrics.csv` cut back to its step; None to start at step 0."""
+    if run.resume_state is None:
+        metrics.truncate(-1)
+        return None
+    metrics.truncate(torch.load(run.resume_state, map_location="cpu", weights_only=True)["global_step"])
+    return run.resume_state
+
+
+def _from_csv(row: dict[str, str]) -> StepScores:
+    return StepScores(int(row["step"]), *(float(row.get(f"score/{key}") or "nan") for key in SCORE_KEYS[:4]))
+
+
+def _event(step: int, values: dict[str, float], seconds: float) -> str:
+    shown = ", ".join(f"{key.replace('_', ' ')} {values[key]:.3f}" for key in SCORE_KEYS[:4] if key in values) or "samples drawn (no scores)"
+    return f"step {step}: {shown} ({seconds:.0f} s)"

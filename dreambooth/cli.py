@@ -1,0 +1,161 @@
+"""How the three scripts meet the terminal: the choices made known to Hydra, an error as one sentence, a progress bar."""
+
+import difflib
+import errno
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dreambooth import config
+from dreambooth.config import CHOICES, choice_name
+from dreambooth.errors import ConfigError, UserError
+
+BAD_INPUT = 2  # exit status for an input that cannot be used
+FAILED_JOBS: list[str] = []  # what was said of the jobs of this process that failed
+
+
+def register(name: str, schema: type) -> None:
+    """Makes a script's config known to Hydra as `<name>_schema`, and every choice as `<group>/<name>`."""
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_schema", node=schema)
+    for group, kinds in CHOICES.items():
+        for kind in kinds:
+            store.store(group=group, name=choice_name(kind), node=kind)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a Hydra main; what the user can mend is one sentence on stderr and exit status 2, anything else a traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that the error itself arrives here, not Hydra's print of it
+    quiet()
+    try:
+        main()
+    except Exception as error:  # the run's boundary
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        _say(sentence)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command continues the run", file=sys.stderr)
+        sys.exit(130)
+    if FAILED_JOBS:
+        sys.exit(BAD_INPUT)
+
+
+def run_job(work: Callable[[Any], object], cfg: DictConfig) -> None:
+    """Runs one job of a script on its typed config; in a sweep, a job that fails leaves the others to run.
+
+    Args:
+        work: takes the typed config.
+        cfg: what Hydra composed.
+    """
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        print(f"\njob {HydraConfig.get().job.num}: {HydraConfig.get().job.override_dirname}")
+    try:
+        work(_typed(cfg))
+    except Exception as error:  # the job's boundary: the run folder holds the reason
+        sentence = explain(error)
+        if sentence is not None:
+            _say(sentence)
+        elif sweep:
+            traceback.print_exc()
+            _say(f"job {HydraConfig.get().job.num} failed: {error}; the others go on")
+        else:
+            raise
+
+
+def _typed(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_object(cfg)
+    except AttributeError as error:  # a key that was forced in with +
+        raise ConfigError(str(error).rpartition("attribute ")[2].strip("'"), "must be a setting that exists", None, "see them all: python train.py --cfg job") from error
+
+
+def explain(error: BaseException) -> str | None:
+    """Returns one sentence for an error that a user can mend; None for a defect of the program."""
+    seen: BaseException | None = error
+    while seen is not None:  # Hydra and OmegaConf wrap the cause
+        if isinstance(seen, UserError):
+            return str(seen)
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{seen.filename or 'the disk'} must have room, got a full disk; free some space and give the same command again, it continues"
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_config(error)
+    return None
+
+
+def _explain_config(error: Exception) -> str:
+    texts, seen = [], error
+    while seen is not None:
+        texts.append(str(seen))
+        seen = seen.__cause__
+    text = "\n".join(texts)
+    if unknown := re.search(r"Key '([^']+)' not in '([^']+)'", text):
+        path = (re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text) or unknown)[1]
+        near = _near(unknown[1], unknown[2])
+        next_step = f"did you mean {path.removesuffix(unknown[1])}{near}?" if near else "see them all: python train.py --cfg job"
+        return f"{path} must be a setting that exists; {next_step}"
+    if wrong := re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+)[\s\S]*?full_key: (\S+)", text):
+        return f"{wrong[3]} must be {_kind(wrong[2])}, got {wrong[1]!r}; write it like {wrong[3]}={_example(wrong[2])}"
+    if choice := re.search(r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '\w+':\s*([\s\S]*?)(?:\nConfig search path|\Z)", text):
+        return f"{choice[1]} must be one of {', '.join(choice[3].split())}, got {choice[2]!r}; choose one of them"
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]} must be set; write {missing[1]}=..."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"the command line must fit the config: {' '.join(dict.fromkeys(lines))[:400]}; see the settings: python train.py --cfg job"
+
+
+def _near(key: str, section: str) -> str | None:
+    """Returns the setting of a section (by its class name) that a wrong key probably meant: alike, or with those initials."""
+    kinds = {kind.__name__: kind for kind in (*vars(config).values(), *(kind for group in CHOICES.values() for kind in group)) if isinstance(kind, type)}
+    known = list(getattr(kinds.get(section), "__dataclass_fields__", ()))
+    initials = [name for name in known if "".join(word[0] for word in name.split("_")) == key]
+    return next(iter(initials + difflib.get_close_matches(key, known, 1, 0.5)), None)
+
+
+def _kind(omegaconf_type: str) -> str:
+    return {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(omegaconf_type, f"a {omegaconf_type.lower()}")
+
+
+def _example(omegaconf_type: str) -> str:
+    return {"Integer": "100", "Float": "1e-5", "Boolean": "true"}.get(omegaconf_type, "...")
+
+
+def _say(sentence: str) -> None:
+    FAILED_JOBS.append(sentence)
+    print(f"error: {sentence}", file=sys.stderr)
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Shows a bar over `total` images; gives the function that moves it on by n."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="image", dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+def quiet() -> None:
+    """Keeps the libraries' advertisements and harmless warnings off the terminal; our own lines stay."""
+    import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name in ("pytorch_lightning", "lightning.pytorch", "diffusers", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for pattern in (r".*isinstance\(treespec, LeafSpec\).*", r".*does not have many workers.*", r".*litlogger.*", r".*resumed from a checkpoint that ended before.*"):
+        warnings.filterwarnings("ignore", pattern)

@@ -1,0 +1,58 @@
+"""Writing files so that nothing is lost: to a temporary name beside the target, flushed, then renamed over it."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def write_with(path: Path, write: Callable[[Path], None]) -> Path:
+    """Calls `write` on a temporary sibling and renames it to `path`; after any failure `path` is as it was.
+
+    Args:
+        path: the final name; its folder is made when missing.
+        write: writes the whole content to the path it is given.
+
+    Raises:
+        OSError: as `write` raised it (a full disk, say); the temporary file is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a UTF-8 text whole or not at all."""
+    return write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes indented JSON whole or not at all; NaN becomes null, as JSON knows no NaN."""
+    return write_text(path, json.dumps(_without_nan(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Writes a safetensors file with text metadata whole or not at all."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    return write_with(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,127 @@
+"""The subjects of the built-in world: what makes one robot this robot, drawn from (class noun, seed)."""
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreambooth.errors import ConfigError
+
+Rgb = tuple[float, float, float]
+
+CLASSES: tuple[str, ...] = ("robot", "teapot", "car", "duck", "dog", "house", "boat", "mushroom", "rocket", "backpack")
+
+# Colour word -> hue, saturation, value, each in [0, 1]: the middle of what the word may mean.
+COLORS: dict[str, Rgb] = {
+    "red": (0.0, 0.85, 0.85),
+    "orange": (0.075, 0.9, 0.95),
+    "yellow": (0.15, 0.85, 0.97),
+    "green": (0.36, 0.75, 0.62),
+    "blue": (0.61, 0.8, 0.82),
+    "purple": (0.77, 0.65, 0.68),
+    "pink": (0.93, 0.45, 0.98),
+    "white": (0.1, 0.03, 0.96),
+    "black": (0.6, 0.15, 0.13),
+    "brown": (0.07, 0.65, 0.45),
+}
+
+PATTERNS: tuple[str, ...] = ("none", "stripes", "vstripes", "dots", "checker", "band")
+PATTERN_ODDS: tuple[float, ...] = (0.25, 0.17, 0.15, 0.2, 0.1, 0.13)
+IDENTITY_STREAM = 77  # part of the key of every identity: changing it makes all other subjects
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One subject: everything that stays the same in all its pictures.
+
+    Attributes:
+        class_noun: one of CLASSES.
+        seed: which subject of that class.
+        color_names: four different colour words: body, second (pattern), third (head, lid), fourth (limbs, trim).
+        colors: the exact RGB of each, in [0, 1].
+        pattern: one of PATTERNS, painted on the body in the second colour.
+        frequency: how fine the pattern is, 2 to 4.
+        proportions: twelve numbers in [0, 1) that the class turns into sizes and options.
+        hat: whether it wears the black top hat.
+    """
+
+    class_noun: str
+    seed: int
+    color_names: tuple[str, str, str, str]
+    colors: tuple[Rgb, Rgb, Rgb, Rgb]
+    pattern: str
+    frequency: int
+    proportions: tuple[float, ...]
+    hat: bool = False
+
+    @property
+    def main_color(self) -> str:
+        """The colour word of the body: the one that a caption names."""
+        return self.color_names[0]
+
+    def between(self, index: int, low: float, high: float) -> float:
+        """Returns the size number `index` of this subject, in [low, high)."""
+        return low + (high - low) * self.proportions[index]
+
+    def has(self, index: int, odds: float = 0.5) -> bool:
+        """Returns whether this subject has the option number `index`, which a share `odds` of all subjects has."""
+        return self.proportions[index] < odds
+
+
+def shade_of(color_name: str, rng: np.random.Generator) -> Rgb:
+    """Returns one RGB in [0, 1] that the colour word may mean, slightly off its middle; three draws from `rng`."""
+    hue, saturation, value = COLORS[color_name]
+    hue = (hue + rng.uniform(-0.018, 0.018)) % 1
+    saturation_shift = rng.uniform(-0.08, 0.08) * (saturation > 0.1)  # white stays white
+    value_shift = rng.uniform(-0.07, 0.07)
+    return colorsys.hsv_to_rgb(hue, min(max(saturation + saturation_shift, 0.0), 1.0), min(max(value + value_shift, 0.0), 1.0))
+
+
+def identity(class_noun: str, seed: int, hat: bool = False, main_color: str | None = None) -> Identity:
+    """Returns the subject that belongs to a class and a seed: the same one on every machine.
+
+    Args:
+        class_noun: one of CLASSES.
+        seed: any non-negative integer.
+        hat: put the top hat on (the subject stays the same one).
+        main_color: make the body this colour instead of the drawn one; one of COLORS.
+
+    Raises:
+        ConfigError: for a class or a colour that the world does not have, or a negative seed.
+    """
+    if class_noun not in CLASSES:
+        raise ConfigError("class_noun", "must be a class of the lab's world", class_noun, f"choose one of {', '.join(CLASSES)}")
+    if main_color is not None and main_color not in COLORS:
+        raise ConfigError("main_color", "must be a colour of the lab's world", main_color, f"choose one of {', '.join(COLORS)}")
+    if seed < 0:
+        raise ConfigError("subject seed", "must not be negative", seed, "choose 0 or more")
+    rng = np.random.default_rng([seed, CLASSES.index(class_noun), IDENTITY_STREAM])
+    names = [str(name) for name in rng.permutation(list(COLORS))]
+    if main_color is not None:
+        names = [main_color, *(name for name in names if name != main_color)]
+    first, second, third, fourth = names[:4]
+    return Identity(
+        class_noun=class_noun,
+        seed=seed,
+        color_names=(first, second, third, fourth),
+        colors=(shade_of(first, rng), shade_of(second, rng), shade_of(third, rng), shade_of(fourth, rng)),
+        pattern=str(rng.choice(PATTERNS, p=PATTERN_ODDS)),
+        frequency=int(rng.integers(2, 5)),
+        proportions=tuple(float(number) for number in rng.random(12)),
+        hat=hat,
+    )
+
+
+def caption(subject: Identity, context: str | None, color: bool = False) -> str:
+    """Returns the sentence that describes a picture, such as "a photo of a red robot wearing a hat in the snow".
+
+    Args:
+        subject: who is in the picture.
+        context: one of the world's contexts, or None to leave it unsaid.
+        color: whether to name the colour of the body.
+    """
+    noun = f"{subject.main_color} {subject.class_noun}" if color else subject.class_noun
+    article = "an" if noun[0] in "aeiou" else "a"
+    hat = " wearing a hat" if subject.hat else ""
+    place = f" {context}" if context is not None else ""
+    return f"a photo of {article} {noun}{hat}{place}"

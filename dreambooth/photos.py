@@ -1,0 +1,409 @@
+"""Image work without files: bytes -> upright sRGB photo -> verdict -> training pixels, and pictures back for people.
+
+Every function depends on its arguments alone. Numbers for a random crop come in as an argument, in [0, 1).
+"""
+
+import io
+import struct
+import unicodedata
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from dreambooth.errors import UserError
+
+Mode = Literal["center", "random"]
+
+MAX_PIXELS = 120_000_000  # 360 MB as RGB; a 108 megapixel phone photo passes
+MIN_SCALE = 0.5  # refused when the short side is under this share of the resolution
+WARN_ASPECT, MAX_ASPECT = 2.0, 4.0  # long side over short side
+MIN_CONTRAST = 2.0  # standard deviation of the strongest channel at 64 px, of 255: below it the photo shows nothing
+MIN_SHARPNESS = 0.1  # 32 real photos at 512 px: 0.25 to 0.92; the same blurred by a 4 px Gaussian: 0.05 at most
+NEAR_DUPLICATE_BITS = 36  # of 256: the same photo saved again differs in 19 at most, two photos of one subject in 59 at least
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000")
+_SAVE_AGAIN = "save it again as JPEG or PNG, or delete it"
+# What PIL's decoders raise on damaged bytes.
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, RuntimeError, struct.error, zlib.error)
+_SIGNATURES = (  # (offset, bytes, format)
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"), (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (4, b"ftypavi", "AVIF"), (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIC"), (4, b"ftypmsf1", "HEIC"), (0, b"8BPS", "Photoshop"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"), (4, b"ftypcrx", "camera raw"), (0, b"FUJIFILMCCD-RAW", "camera raw"),
+)  # fmt: skip
+
+
+def image_format(head: bytes) -> str | None:
+    """Returns the name of the image format that a file's first 32 bytes announce ("JPEG", "HEIC", ...), or None.
+
+    Formats that this program cannot decode (HEIC, JPEG XL, Photoshop, camera raw) are named too, so that an error can name them.
+    """
+    for offset, signature, name in _SIGNATURES:
+        if head[offset : offset + len(signature)] == signature:
+            return name if name != "BMP" or head[6:10] == bytes(4) else None  # "BM" alone also begins ordinary text
+    return None
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Returns the photo as an upright 8-bit sRGB image, decoded to the last pixel, without metadata.
+
+    The EXIF orientation is applied. Transparency (alpha, palette or key colour) is laid on white. 16-bit grey is scaled (65535 -> 255,
+    rounded); of 16-bit colour the upper byte is kept. An ICC profile is converted to sRGB; a broken one, or one for another kind of
+    image, is ignored. CMYK without a profile is converted by PIL's plain formula. Of a multi-page TIFF or MPO the first picture counts.
+
+    Args:
+        data: the file's bytes: JPEG, PNG, WebP, AVIF, TIFF, BMP, GIF or JPEG 2000, told by content and not by the name.
+        name: how errors call the photo.
+
+    Raises:
+        UserError: not a picture, damaged or cut off, an animation, camera raw, more than MAX_PIXELS, or a pixel type without a known scale.
+    """
+    image = _load(data, name)
+    profile = image.info.get("icc_profile")
+    colour, alpha = _eight_bit(image, name)
+    rgb = _to_srgb(colour, profile)
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+    rgb.info = {}  # the profile and the orientation no longer describe these pixels
+    return rgb
+
+
+def _load(data: bytes, name: str) -> Image.Image:
+    """Returns the upright image with all pixels in memory, in the file's own pixel type."""
+    found = image_format(data[:32])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's size warning (our limit is below) and remarks on odd metadata
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            _refuse_unusable(image, name)
+            image.load()
+            return _upright(image)
+    except Image.DecompressionBombError:
+        raise UserError(name, f"must have at most {MAX_PIXELS:,} pixels", next_step="save it smaller: 4000 px a side is plenty") from None
+    except Image.UnidentifiedImageError:
+        if not data:
+            raise UserError(name, "must be a photo, but the file is empty (0 bytes)", next_step="copy it again, or delete it") from None
+        if found in ("HEIC", "JPEG XL", "Photoshop", "camera raw"):
+            step = f"{found} cannot be read here: export it as JPEG"
+            if found == "HEIC":
+                step += " (macOS: Preview, File > Export; Linux: heif-convert in.heic out.jpg; iPhone: Camera > Formats > Most Compatible)"
+            raise UserError(name, "must be JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF", found, step) from None
+        got = f"a damaged {found} header" if found else "no known image format"
+        raise UserError(name, "must be a photo that can be decoded", got, _SAVE_AGAIN) from None
+    except _DAMAGED as error:
+        raise UserError(name, "must be a photo that decodes completely", str(error), _SAVE_AGAIN) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns the picture turned as its EXIF orientation says; as it is, where the EXIF block is missing or unreadable."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGED:
+        return image
+
+
+def _refuse_unusable(image: Image.Image, name: str) -> None:
+    """Raises UserError for what the header alone rules out: too many pixels, an animation, the preview of a camera raw file."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise UserError(name, f"must have at most {MAX_PIXELS:,} pixels", f"{pixels:,}", "save it smaller: 4000 px a side is plenty")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format in ("GIF", "WEBP", "PNG", "AVIF"):
+        raise UserError(name, "must be one picture", f"an animation of {frames} frames", "save the frame that you want as JPEG or PNG")
+    if image.format == "TIFF" and (50706 in image.tag_v2 or int(image.tag_v2.get(254, 0)) & 1):  # DNGVersion, reduced-size page
+        raise UserError(name, "must be a developed photo", "camera raw, of which only a small preview can be read", "export it as JPEG")
+
+
+def _eight_bit(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Returns the colours (mode L, RGB or CMYK) and, if there is transparency, the alpha channel (mode L, 255 is opaque)."""
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)  # (H, W)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)), None
+    if image.mode in ("RGBa", "La"):
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+    if image.has_transparency_data:
+        kind = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        image = image.convert(kind + "A")
+        return image.convert(kind), image.getchannel("A")
+    kind = {"1": "L", "L": "L", "CMYK": "CMYK", "P": "RGB", "RGB": "RGB", "RGBX": "RGB", "YCbCr": "RGB"}.get(image.mode)
+    if kind is None:
+        raise UserError(name, "must have 8 or 16 bits a channel in grey, RGB or CMYK", f"PIL mode {image.mode}", "save it as 8-bit PNG")
+    return image.convert(kind), None
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Returns the image in RGB, through its ICC profile where there is a usable one."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (OSError, TypeError, ValueError, ImageCms.PyCMSError):
+            pass  # broken, or made for another colour model
+    return image.convert("RGB")
+
+
+class Verdict(NamedTuple):
+    """What `check` thinks of a photo. Reasons are verb phrases, to be read after the photo's name."""
+
+    level: Literal["ok", "warning", "refused"]
+    reasons: tuple[str, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return self.level != "refused"
+
+
+def check(image: Image.Image, resolution: int) -> Verdict:
+    """Returns whether a decoded photo is fit for training at a resolution, with reasons in plain words.
+
+    Refused: a short side below MIN_SCALE of the resolution, sides over MAX_ASPECT : 1, or (nearly) one flat colour.
+    Warning: a short side below the resolution, sides over WARN_ASPECT : 1, black bars, or no sharp detail anywhere.
+
+    Args:
+        image: RGB.
+        resolution: side of the training square, in px.
+    """
+    short, long = sorted(image.size)
+    refused, warned = [], []
+    if short < resolution:
+        text = f"is {short} px on the short side, below the resolution of {resolution}: it is enlarged {resolution / short:.1f} times"
+        (refused if short < MIN_SCALE * resolution else warned).append(text)
+    if long > WARN_ASPECT * short:
+        text = f"is {long / short:.1f} times as long as wide: a square crop drops {1 - short / long:.0%} of it"
+        (refused if long > MAX_ASPECT * short else warned).append(text)
+    if (share := black_bars(image)) > 0:
+        warned.append(f"has black bars over {share:.0%} of it, which the model would learn: crop them away")
+    contrast = np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float32).std((0, 1)).max()
+    if contrast < MIN_CONTRAST:
+        refused.append("shows (nearly) one flat colour")
+    elif sharpness(image, resolution) < MIN_SHARPNESS:
+        warned.append("looks blurred: no part of it has sharp detail")
+    level = "refused" if refused else "warning" if warned else "ok"
+    return Verdict(level, tuple(refused + warned))
+
+
+def black_bars(image: Image.Image) -> float:
+    """Returns the share of an RGB photo, in [0, 1], that lies in black bars along two opposite sides (0.0 where there are none).
+
+    A bar is all but black (16 of 255 at most, on a grid of 64 x 64 averages) and at least 1/32 of the side deep.
+    """
+    grid = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).max(2)  # (64, 64)
+    share = 0.0
+    for lines in (grid.max(1), grid.max(0)):  # rows, then columns
+        lit = np.flatnonzero(lines > 16)
+        if len(lit) and min(lit[0], 63 - lit[-1]) >= 2:
+            share = max(share, 1 - (lit[-1] + 1 - lit[0]) / 64)
+    return float(share)
+
+
+def sharpness(image: Image.Image, resolution: int) -> float:
+    """Returns the detail that is lost at a quarter of the size, in the sharpest fiftieth of 256 tiles, relative to the photo's contrast.
+
+    Measured at the training resolution (512 px at most, never enlarged), so that a soft but large photo counts as sharp. Above 0.2
+    for ordinary photos, also with a blurred background; below 0.1 for photos that are out of focus or shaken everywhere.
+    """
+    side = max(64, min(resolution, 512, *image.size) // 16 * 16)
+    grey = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
+    soft = grey.resize((side // 4, side // 4), Image.Resampling.BOX).resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(grey, np.float32)
+    lost = (pixels - np.asarray(soft, np.float32)) ** 2
+    tiles = lost.reshape(16, side // 16, 16, side // 16).mean((1, 3)) ** 0.5  # (16, 16)
+    return float(np.percentile(tiles, 98) / max(float(pixels.std()), 1.0))
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """Returns 256 bits (a difference hash, 16 x 16) that hardly change when a photo is resized, recompressed or slightly edited.
+
+    `(a ^ b).bit_count()` of two photos at or under NEAR_DUPLICATE_BITS means that they are most likely the same shot.
+    """
+    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def crop_box(width: int, height: int, size: int, mode: Mode = "center", u: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int, int, int]:
+    """Returns the (left, top, right, bottom) of a size x size square inside a picture, in whole px.
+
+    Args:
+        width, height: of the picture; both at least `size`.
+        mode: "center" (an odd pixel goes to the right and bottom; `u` is not used), or "random": every position equally likely.
+        u: two numbers in [0, 1), for left and top.
+
+    Raises:
+        ValueError: the square does not fit, an unknown mode, or a number outside [0, 1).
+    """
+    if min(width, height) < size:
+        raise ValueError(f"crop of {size} px must fit the picture, got {width} x {height}")
+    if mode not in ("center", "random"):
+        raise ValueError(f'crop must be "center" or "random", got {mode!r}')
+    if not all(0 <= number < 1 for number in u):
+        raise ValueError(f"u must be two numbers in [0, 1), got {u}")
+    slack = (width - size, height - size)
+    left, top = (s // 2 if mode == "center" else int(x * (s + 1)) for s, x in zip(slack, u, strict=True))
+    return left, top, left + size, top + size
+
+
+def fit_short_side(image: Image.Image, resolution: int) -> Image.Image:
+    """Returns the picture with a short side of exactly `resolution` px: proportions kept, Lanczos with antialiasing.
+
+    A picture that has that short side already comes back as it is, so `prepare` of the result is bit for bit `prepare` of the original.
+    """
+    if min(image.size) == resolution:
+        return image
+    scale = resolution / min(image.size)
+    return image.resize(tuple(max(resolution, round(side * scale)) for side in image.size), Image.Resampling.LANCZOS)
+
+
+def prepare(
+    image: Image.Image, resolution: int, crop: Mode = "center", flip: bool = False, u: tuple[float, float] = (0.5, 0.5)
+) -> np.ndarray:
+    """Returns the square that training sees, uint8 (resolution, resolution, 3): short side resized, long side cropped, never squashed.
+
+    Args:
+        image: RGB, of any size.
+        resolution: side of the square, in px.
+        crop: "center", or "random" at the place that `u` says.
+        flip: mirror left and right, after the crop.
+        u: two numbers in [0, 1), see `crop_box`.
+    """
+    fitted = fit_short_side(image, resolution)
+    pixels = np.asarray(fitted.crop(crop_box(*fitted.size, resolution, crop, u)))  # (H, W, 3)
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def to_pixel_values(pixels: np.ndarray) -> Tensor:
+    """Returns float32 pixel values (..., 3, H, W) in [-1, 1] of uint8 pixels (..., H, W, 3): 0 -> -1, 255 -> 1.
+
+    Raises:
+        ValueError: not uint8, or not three channels at the end.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
+        raise ValueError(f"pixels must be uint8 (..., H, W, 3), got {pixels.dtype} {pixels.shape}")
+    return torch.from_numpy(np.moveaxis(pixels, -1, -3).astype(np.float32) / 127.5 - 1)
+
+
+def to_uint8(pixel_values: Tensor) -> np.ndarray:
+    """Returns uint8 pixels (..., H, W, 3) of pixel values (..., 3, H, W): clamped to [-1, 1], rounded to the nearest level.
+
+    The exact inverse of `to_pixel_values` in float32. Any float type and device; no gradient is kept.
+
+    Raises:
+        ValueError: a NaN or an infinity (it would come out as a black or white picture), or not three channels.
+    """
+    if pixel_values.ndim < 3 or pixel_values.shape[-3] != 3:
+        raise ValueError(f"pixel_values must be (..., 3, H, W), got {tuple(pixel_values.shape)}")
+    values = pixel_values.detach().float().cpu()
+    if not values.isfinite().all():
+        raise ValueError("pixel_values must be finite, got NaN or infinity; the model or the VAE overflowed (try float32)")
+    levels = ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.movedim(-3, -1).contiguous().numpy()
+
+
+_PAPER, _INK, _EMPTY = (255, 255, 255), (45, 45, 48), (241, 241, 243)
+_ASCII_FOR = str.maketrans(
+    {"×": "x", "–": "-", "—": "-", "≥": ">=", "≤": "<=", "≠": "!=", "±": "+-", "→": "->", "’": "'", "“": '"', "”": '"', "µ": "u"}
+)
+
+
+def image_grid(
+    rows: Sequence[Sequence[np.ndarray | None]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    scale: float | None = None,
+    gap: int = 8,
+) -> Image.Image:
+    """Returns a contact sheet: pictures in rows and columns on white, with wrapped labels to the left and above.
+
+    Every picture fills its cell as far as its proportions allow. Enlarging by a whole factor repeats pixels (nearest), so that small
+    pictures stay as they are; any other change of size is Lanczos.
+
+    Args:
+        rows: uint8 (H, W, 3) of any sizes; None is a pale empty cell, and so is what a short row lacks.
+        row_labels, column_labels: one for each row and column, or none; "\n" breaks a line. PIL's own font is ASCII: accents fall off.
+        scale: cell size relative to the largest picture; None chooses cells of about 192 px.
+        gap: space between cells, in px.
+
+    Raises:
+        ValueError: no picture at all, or a wrong number of labels.
+    """
+    columns = max((len(row) for row in rows), default=0)
+    cell = _cell_size([picture for row in rows for picture in row if picture is not None], scale)
+    for kind, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
+        if labels and len(labels) != count:
+            raise ValueError(f"{kind}_labels must be one for each {kind} ({count}), got {len(labels)}")
+    font = ImageFont.load_default(min(24, max(11, cell[0] // 12)))
+    line = sum(font.getmetrics()) + 1
+    above = [_wrap(label, font, max(cell[0], 64)) for label in column_labels]
+    beside = [_wrap(label, font, max(cell[0] * 0.8, 110)) for label in row_labels]
+    left = gap + (round(max(font.getlength(text) for lines in beside for text in lines)) + gap if beside else 0)
+    top = gap + (max(map(len, above)) * line + gap // 2 if above else 0)
+    width, height = max(cell[0], 64 if above else 0), max([cell[1], *(len(lines) * line for lines in beside)])  # room, with labels
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for x, lines in enumerate(above):  # centred, standing on the pictures
+        _write(draw, lines, font, (left + x * (width + gap) + width / 2, top - gap // 2 - len(lines) * line), "ma")
+    for y, row in enumerate(rows):
+        y0 = top + y * (height + gap)
+        if beside:  # flush right, half way down the row
+            _write(draw, beside[y], font, (left - gap, y0 + (height - len(beside[y]) * line) / 2), "ra")
+        for x in range(columns):
+            corner = (left + x * (width + gap) + (width - cell[0]) // 2, y0 + (height - cell[1]) // 2)
+            _paste(sheet, row[x] if x < len(row) else None, corner, cell)
+    return sheet
+
+
+def _cell_size(pictures: list[np.ndarray], scale: float | None) -> tuple[int, int]:
+    """Returns the (width, height) of a cell in px, see `image_grid`; ValueError without pictures."""
+    if not pictures:
+        raise ValueError("rows must hold at least one picture, got none")
+    tall, wide = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    if scale is None:
+        scale = 192 / max(tall, wide)
+        scale = max(1, round(scale)) if scale > 1 else scale
+    return max(1, round(wide * scale)), max(1, round(tall * scale))
+
+
+def _paste(sheet: Image.Image, picture: np.ndarray | None, corner: tuple[int, int], cell: tuple[int, int]) -> None:
+    """Draws one picture, as large as the cell allows and centred in it; or the pale rectangle of an empty cell."""
+    if picture is None:
+        sheet.paste(_EMPTY, (*corner, corner[0] + cell[0], corner[1] + cell[1]))
+        return
+    image = Image.fromarray(picture)
+    factor = min(cell[0] / image.width, cell[1] / image.height)
+    if factor != 1:
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        whole = factor > 1 and size == (image.width * round(factor), image.height * round(factor))
+        image = image.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+    sheet.paste(image, (corner[0] + (cell[0] - image.width) // 2, corner[1] + (cell[1] - image.height) // 2))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Returns the lines of a text in ASCII, none wider than `width` px: broken at spaces, and inside a word only where one is too long."""
+    plain = unicodedata.normalize("NFKD", text.translate(_ASCII_FOR)).replace("\u2044", "/")  # the bar of a fraction sign
+    text = "".join(letter if letter.isascii() else "?" for letter in plain if not unicodedata.combining(letter))
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}" if line else word
+            while len(line) > 1 and font.getlength(line) > width:
+                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines.append(line)
+    return lines
+
+
+def _write(draw: ImageDraw.ImageDraw, lines: list[str], font: ImageFont.FreeTypeFont, at: tuple[float, float], anchor: str) -> None:
+    """Draws lines of text below each other; `at` is the top of the first, `anchor` PIL's two letters for what `at` means."""
+    step = sum(font.getmetrics()) + 1
+    for number, text in enumerate(lines):
+        draw.text((at[0], at[1] + number * step), text, _INK, font, anchor)

@@ -1,0 +1,47 @@
+"""Randomness as a function of integers, never of history: the same key gives the same draw, on any machine, in any order."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# One stream per use, so that two draws with equal (seed, step, sample) never share numbers.
+NOISE, TIMESTEP, POSTERIOR, ORDER, CROP, FLIP, SAMPLING, PRIOR_ORDER, CLASS_BANK = range(9)
+
+
+def generator(*key: int) -> torch.Generator:
+    """Returns a CPU generator whose numbers depend on the key alone.
+
+    Args:
+        key: any non-negative integers, by custom (stream, seed, step, sample).
+    """
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def normal(shape: tuple[int, ...], *key: int) -> Tensor:
+    """Returns standard normal numbers of the given shape (float32, CPU) for one key."""
+    return torch.randn(shape, generator=generator(*key))
+
+
+def normals(shape: tuple[int, ...], stream: int, keys: Tensor) -> Tensor:
+    """Returns standard normal numbers (B, *shape), float32 on the CPU; row i depends on the stream and on keys[i] alone.
+
+    Args:
+        keys: (B, k) non-negative integers, as (seed, step, sample).
+    """
+    return torch.stack([normal(shape, stream, *key) for key in keys.tolist()])
+
+
+def integer(high: int, *key: int) -> int:
+    """Returns one integer in [0, high) for one key."""
+    return int(torch.randint(high, (), generator=generator(*key)))
+
+
+def uniform(*key: int) -> float:
+    """Returns one number in [0, 1) for one key."""
+    return float(torch.rand((), generator=generator(*key)))
+
+
+def permutation(length: int, *key: int) -> list[int]:
+    """Returns 0..length-1 in an order that depends on the key alone."""
+    return torch.randperm(length, generator=generator(*key)).tolist()

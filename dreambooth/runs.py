@@ -1,0 +1,230 @@
+"""The run folder: created, continued, skipped or refused; `run.json`; `metrics.csv`; a trained model loaded back from it.
+
+    run.json       plain config, status, error, digests of the inputs, versions, seconds by part, peak memory
+    photos/        the subject's photos as they were prepared
+    checkpoints/   last.ckpt (to continue), best.safetensors and final.safetensors (the learned tensors, self-describing)
+    metrics.csv    losses and scores by step
+    samples/       pictures of each evaluation, grids
+    scores.json, scores.parquet
+"""
+
+import csv
+import io
+import json
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreambooth.adapters import load_trainable_state, trainable_state
+from dreambooth.base.protocol import BaseModel
+from dreambooth.config import Config, fingerprint, from_plain, to_plain
+from dreambooth.errors import UserError
+from dreambooth.files import write_json, write_tensors, write_text
+
+PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core", "torchmetrics", "numpy")
+
+
+class RunFolder:
+    """One run on disk. Everything that a run knows about itself is in `record`, which is `run.json`."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self.record = path, record
+
+    @property
+    def status(self) -> str:
+        """ "running" (or cut off), "done" or "failed"."""
+        return self.record["status"]
+
+    @property
+    def config(self) -> Config:
+        """The typed, resolved config."""
+        return from_plain(self.record["config"], str(self.path / "run.json"))
+
+    @property
+    def resume_state(self) -> Path | None:
+        """The state to continue from, if the run got as far as one."""
+        path = self.path / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
+
+    def update(self, **fields: Any) -> None:
+        """Writes fields into run.json."""
+        self.record |= fields
+        write_json(self.path / "run.json", self.record)
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `seconds.<part>`; kept at the next `update`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.record.setdefault("seconds", {})
+            seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 2)
+
+    def finish(self, status: str, error: str | None = None, **fields: Any) -> None:
+        """Closes the run as "done" or "failed" with the reason."""
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.update(status=status, error=error, finished=_now(), peak_memory_bytes=peak_kib * 1024, **fields)
+
+
+def open_run(config: Config, **digests: str) -> RunFolder:
+    """Returns the folder of a resolved config: a new one, or the one that the same command made before.
+
+    Args:
+        config: resolved.
+        digests: content hashes of the inputs that the config points at (base, photos, class images).
+
+    Raises:
+        UserError: the folder holds another config, or something that is no run.
+    """
+    plain = to_plain(config)
+    name = f"{config.method.name}-{config.subject.class_noun.replace(' ', '_')}-{fingerprint(plain, **digests)}"
+    path = Path(config.output_dir) / config.group / name
+    if path.exists() and any(path.iterdir()):
+        run = read_run(path)
+        if run.record["fingerprint"] != name[-8:] or fingerprint(run.record["config"], **run.record["digests"]) != name[-8:]:
+            raise UserError(str(path), "holds a run with another config", None, "move it away or change output_dir")
+        if run.status != "done":
+            run.update(status="running", error=None, resumed=run.record.get("resumed", 0) + 1)
+        return run
+    run = RunFolder(path, {"format": 1, "status": "running", "error": None, "fingerprint": name[-8:], "started": _now(), "config": plain, "digests": digests,
+                           "git_revision": git_revision(), "python": platform.python_version(), "versions": installed_versions(), "seconds": {}})
+    run.update()
+    return run
+
+
+def read_run(path: str | Path) -> RunFolder:
+    """Returns the run in a folder.
+
+    Raises:
+        UserError: the folder is missing or is no run folder.
+    """
+    path = Path(path)
+    try:
+        return RunFolder(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(str(path), "must be a run folder (with a run.json)", None, "give a folder that train.py made, as runs/default/full-robot-1a2b3c4d") from None
+    except json.JSONDecodeError as error:
+        raise UserError(str(path / "run.json"), f"must be JSON: {error}", None, "restore it, or move the folder away and train again") from None
+
+
+def save_weights(run: RunFolder, name: str, base: BaseModel, step: int) -> Path:
+    """Writes the learned tensors as `checkpoints/<name>.safetensors`, with the plain config and the step in its metadata."""
+    metadata = {"config": json.dumps(run.record["config"]), "step": str(step), "base_digest": run.record["digests"].get("base", "")}
+    return write_tensors(run.path / "checkpoints" / f"{name}.safetensors", trainable_state(base), metadata)
+
+
+class Trained(NamedTuple):
+    """A model loaded from a run folder: `step` 0 is the un-tuned base."""
+
+    base: BaseModel
+    config: Config
+    step: int
+
+
+def load(path: str | Path, weights: str = "best") -> Trained:
+    """Returns a run's model, live, with the method attached (so that other weights of the run can be written into it).
+
+    Args:
+        path: the run folder.
+        weights: "best", "final", or "base" for the un-tuned model.
+
+    Raises:
+        UserError: no such run, no such weights, or a base whose content has changed since.
+    """
+    run = read_run(path)
+    config = run.config
+    if config.base.digest() != run.record["digests"]["base"]:
+        raise UserError(str(run.path), "was trained on another base than the one now at base.path", config.base.path, "put the old base back, or train again")
+    base = config.base.load()
+    config.method.attach(base, config.subject.identifier)
+    return Trained(base, config, 0 if weights == "base" else load_weights(run, weights, base))
+
+
+def load_weights(run: RunFolder, name: str, base: BaseModel) -> int:
+    """Writes the tensors of `checkpoints/<name>.safetensors` into an attached base; returns the step they were taken at."""
+    from safetensors import SafetensorError, safe_open
+
+    path = run.path / "checkpoints" / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(str(path), "does not exist", None, f"the run is {run.status!r}; finish it by the same train.py command, or ask for other weights")
+    try:
+        with safe_open(path, "pt") as opened:
+            state, step = {key: opened.get_tensor(key) for key in opened.keys()}, int(opened.metadata()["step"])
+    except SafetensorError as error:
+        raise UserError(str(path), f"must be a whole safetensors file: {error}", None, "train again, or take the other weights") from None
+    load_trainable_state(base, state, str(path))
+    return step
+
+
+class MetricsFile:
+    """`metrics.csv`: one row a step and event, columns as they come, readable at any moment.
+
+    `step` is the number of optimiser steps done when the numbers were taken: the first loss stands at 1, the un-tuned base at 0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns = list(self.read()[0]) if self.read() else ["step"]
+
+    def read(self) -> list[dict[str, str]]:
+        """Returns the rows as text by column; a row that was cut off by a crash is left out."""
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as handle:
+            return [row for row in csv.DictReader(handle) if None not in row.values() and None not in row]
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        """Adds one row at once; a new column rewrites the file."""
+        new = [key for key in values if key not in self.columns]
+        if new:
+            self.columns += new
+            self._rewrite(self.read())
+        elif not self.path.is_file():
+            self._rewrite([])
+        with self.path.open("a", newline="", encoding="utf-8") as handle:
+            csv.DictWriter(handle, self.columns).writerow({"step": step} | values)
+
+    def truncate(self, step: int) -> None:
+        """Drops what was written after `step`: a run that continues from there writes it again."""
+        self._rewrite([row for row in self.read() if int(row["step"]) <= step])
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+
+def git_revision() -> str | None:
+    """Returns the commit of the code, with "+changes" when files differ from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def installed_versions() -> dict[str, str]:
+    """Returns the versions of the packages that a result can depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

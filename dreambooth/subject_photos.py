@@ -1,0 +1,43 @@
+"""The subject's photos, from the user's folder or from the lab's world, checked before any model loads."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from dreambooth.config import Config
+from dreambooth.photo_folder import read_photo_folder
+
+
+@dataclass(frozen=True)
+class SubjectPhotos:
+    """Upright RGB photos, in a fixed order, and what was noticed on the way."""
+
+    images: list[Image.Image]
+    names: list[str]
+    digest: str  # hex, of the contents alone
+    warnings: list[str]  # one sentence each
+    source: str  # for people: the folder, or the lab's subject
+
+
+def read_subject_photos(config: Config) -> SubjectPhotos:
+    """Returns every usable photo of a resolved config's subject.
+
+    Raises:
+        UserError: naming `data.subject_dir` or the file, when there is nothing to train on or a bad photo is to be refused.
+    """
+    if config.data.subject_dir is None:
+        return _lab_photos(config.subject.class_noun, config.subject.lab_seed)
+    found = read_photo_folder(config.data.subject_dir, config.data.resolution, config.data.on_bad_photo)
+    return SubjectPhotos([p.image for p in found.photos], [p.name for p in found.photos], found.digest, found.warnings, str(found.folder))
+
+
+def _lab_photos(class_noun: str, seed: int) -> SubjectPhotos:
+    from dreambooth.lab.world import subject_photos
+
+    pixels, contexts = subject_photos(class_noun, seed)  # (N, 3, H, W) uint8
+    arrays = [np.ascontiguousarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+    names = [f"{k}-{context.replace(' ', '-')}" for k, context in enumerate(contexts)]
+    return SubjectPhotos([Image.fromarray(a) for a in arrays], names, digest, [], f"the lab's {class_noun} {seed}")

@@ -1,0 +1,182 @@
+"""The built-in world: pictures are functions of (identity, context, seed), and identities stay what they were."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from dreambooth.errors import ConfigError, UserError
+from dreambooth.lab.primitives import ball, tube
+from dreambooth.lab.raytrace import FAR, gather_solids, hit_ball, hit_box, hit_frustum, trace
+from dreambooth.lab.shapes import build
+from dreambooth.lab.views import draw_view, ray_directions, stack_views
+from dreambooth.lab.world import CLASSES, CONTEXTS, caption, ground_truth, identity, render, subject_photos
+
+PAIRS = [(class_noun, context) for class_noun in CLASSES for context in CONTEXTS]
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (a.float() - b.float()).square().mean()))
+
+
+def column(*numbers: float) -> Tensor:
+    return torch.tensor(numbers).view(-1, 1)
+
+
+def test_world_has_ten_classes_and_twelve_contexts() -> None:
+    assert (len(set(CLASSES)), len(set(CONTEXTS))) == (10, 12)
+
+
+def test_identity_913_is_the_known_robot() -> None:
+    robot = identity("robot", 913)
+    assert robot.color_names == ("yellow", "brown", "purple", "orange")
+    assert (robot.pattern, robot.frequency) == ("band", 4)
+    assert robot.colors[2] == pytest.approx((0.5123096, 0.23011178, 0.74790215), abs=1e-6)
+    assert robot.proportions[:3] == pytest.approx((0.74634125, 0.01237148, 0.27279948), abs=1e-7)
+
+
+def test_identity_with_a_hat_is_the_same_subject() -> None:
+    assert identity("duck", 5, hat=True) == replace(identity("duck", 5), hat=True)
+
+
+def test_identity_main_color_sets_the_body_alone_first() -> None:
+    names = identity("car", 3, main_color="pink").color_names
+    assert names[0] == "pink" and len(set(names)) == 4
+
+
+def test_identity_of_an_unknown_class_names_the_classes() -> None:
+    with pytest.raises(ConfigError, match="class_noun must be a class of the lab's world, got 'cat'; choose one of robot, teapot, car"):
+        identity("cat", 1)
+
+
+def test_identity_of_an_unknown_color_names_the_colors() -> None:
+    with pytest.raises(ConfigError, match="got 'mauve'; choose one of red, orange"):
+        identity("car", 1, main_color="mauve")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "context", "color", "sentence"),
+    [
+        ({"main_color": "red", "hat": True}, "in the snow", True, "a photo of a red robot wearing a hat in the snow"),
+        ({"main_color": "orange"}, None, True, "a photo of an orange robot"),
+        ({}, "at night", False, "a photo of a robot at night"),
+    ],
+)
+def test_caption_says_what_is_there(arguments: dict[str, object], context: str | None, color: bool, sentence: str) -> None:
+    assert caption(identity("robot", 1, **arguments), context, color) == sentence
+
+
+def test_render_is_a_function_of_the_seed() -> None:
+    subject = identity("teapot", 2)
+    first, again, other = render([subject] * 3, ["at sunset"] * 3, [7, 7, 8])
+    assert torch.equal(first, again)
+    assert psnr(first, other) < 25
+
+
+def test_render_of_an_item_does_not_depend_on_its_batch() -> None:
+    subjects = [identity(CLASSES[index % 10], index) for index in range(24)]
+    contexts = [CONTEXTS[(index * 5) % 12] for index in range(24)]
+    together = render(subjects, contexts, range(24))
+    alone = [render([subject], [context], [seed])[0] for subject, context, seed in zip(subjects, contexts, range(24), strict=True)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("context", ["in the snow", "at night", "in a city", "on the moon"])
+def test_render_shows_the_same_scene_at_every_resolution(context: str) -> None:
+    subject = identity("rocket", 4)
+    fine, coarse = render([subject], [context], [3], resolution=128), render([subject], [context], [3], resolution=64)
+    assert psnr(avg_pool2d(fine.float(), 2), coarse) > 26
+
+
+@pytest.fixture(scope="module")
+def gallery() -> Tensor:
+    return render([identity(noun, 50) for noun, _ in PAIRS], [place for _, place in PAIRS], [9] * len(PAIRS))
+
+
+def test_render_gives_bytes_with_contrast_in_every_class_and_context(gallery: Tensor) -> None:
+    assert gallery.dtype == torch.uint8 and gallery.shape == (120, 3, 64, 64)
+    assert gallery.float().flatten(1).std(1).min() > 8
+
+
+def test_render_shows_the_subject_in_every_class_and_context(gallery: Tensor) -> None:
+    subjects = [identity(noun, 50) for noun, _ in PAIRS]
+    repainted = [replace(subject, colors=tuple((1 - r, 1 - g, 1 - b) for r, g, b in subject.colors)) for subject in subjects]
+    other = render(repainted, [place for _, place in PAIRS], [9] * len(PAIRS))
+    painted = (gallery.int() - other.int()).abs().amax(1) > 8
+    assert painted.float().mean((1, 2)).min() > 0.04  # share of the picture that is subject
+
+
+def test_render_refuses_an_unknown_context_and_names_the_contexts() -> None:
+    with pytest.raises(UserError, match="context must be a place of the lab's world, got 'in space'; choose one of on the beach"):
+        render([identity("car", 1)], ["in space"], [0])
+
+
+def test_render_refuses_lists_of_different_lengths() -> None:
+    with pytest.raises(UserError, match=r"must have the same length, got \(1, 1, 2\)"):
+        render([identity("car", 1)], ["at night"], [0, 1])
+
+
+def test_render_refuses_a_negative_seed() -> None:
+    with pytest.raises(UserError, match="seeds must not be negative, got -1"):
+        render([identity("car", 1)], ["at night"], [-1])
+
+
+def test_render_of_nothing_is_empty() -> None:
+    assert render([], [], []).shape == (0, 3, 64, 64)
+
+
+def test_subject_photos_are_the_pictures_that_the_shipped_scores_were_measured_on() -> None:
+    photos, contexts = subject_photos("robot", 913)
+    assert contexts == ["on the grass", "on a wooden table", "on the beach", "on the grass", "on a wooden table"]
+    means = [[144.4, 166.2, 104.3], [158.8, 112.4, 79.6], [184.0, 181.3, 173.4], [128.8, 162.2, 112.2], [164.1, 114.1, 82.4]]
+    assert torch.allclose(photos.float().mean((2, 3)), torch.tensor(means), atol=0.5)
+
+
+def test_subject_photos_do_not_change_with_their_count() -> None:
+    assert torch.equal(subject_photos("duck", 921, count=2)[0], subject_photos("duck", 921, count=7)[0][:2])
+
+
+def test_ground_truth_is_the_subject_itself() -> None:
+    assert torch.equal(ground_truth("car", 12, ["on the moon"], [4]), render([identity("car", 12)], ["on the moon"], [4]))
+
+
+def test_hit_ball_from_three_away_is_at_two() -> None:
+    assert hit_ball(column(0, 0, 3), column(0, 0, -1), column(1)[0], column(1)[0]) == pytest.approx(2.0)
+
+
+def test_hit_box_from_three_away_is_at_two() -> None:
+    assert hit_box(column(0.5, 0.5, 3), column(0, 0, -1), column(1)[0], column(1)[0]) == pytest.approx(2.0)
+
+
+def test_hit_frustum_wall_is_where_the_radius_says() -> None:
+    distance = hit_frustum(column(0, 0, 3), column(0, 0, -1), column(1.0)[0], column(0.5)[0])  # radius 0.75 at half height
+    assert distance == pytest.approx(2.25)
+
+
+def test_hit_frustum_cap_is_flat() -> None:
+    assert hit_frustum(column(0.3, 4, 0), column(0, -1, 0), column(1.0)[0], column(0.5)[0]) == pytest.approx(3.0)
+
+
+def test_hit_ball_beside_is_missed() -> None:
+    assert hit_ball(column(1.01, 0, 3), column(0, 0, -1), column(1)[0], column(1)[0]) == FAR
+
+
+def test_trace_normals_have_length_one_and_face_the_camera() -> None:
+    parts = [build(identity(noun, 8)) for noun in CLASSES]
+    views = [draw_view(noun, solids, np.random.default_rng(1)) for noun, solids in zip(CLASSES, parts, strict=True)]
+    stacked = stack_views(views, "cpu")
+    hits = trace(gather_solids(parts, [view.yaw for view in views], "cpu"), stacked, ray_directions(stacked.pitch, 64))
+    assert torch.allclose(hits.normal.square().sum(0), torch.ones(hits.normal.shape[1]), atol=1e-4)
+    assert ((hits.normal * hits.direction).sum(0) < 1e-3).float().mean() > 0.999
+
+
+def test_trace_shows_the_solid_in_front() -> None:
+    near, far = ball((0, 1, 1), 0.3, (1, 0, 0)), tube((0, 1, -1), 0.3, 0.3, (0, 1, 0))
+    view = draw_view("robot", [far, near], np.random.default_rng(0))
+    stacked = stack_views([view._replace(yaw=0.0, camera=np.array([0.0, 1.0, 4.0]), pitch=0.0)], "cpu")
+    hits = trace(gather_solids([[far, near]], [0.0], "cpu"), stacked, ray_directions(stacked.pitch, 64))
+    centre = (hits.ray == 32 * 64 + 32).nonzero().item()
+    assert hits.solid[centre] == 1 and hits.distance[centre] == pytest.approx(2.7, abs=0.02)

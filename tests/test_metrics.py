@@ -1,0 +1,209 @@
+"""The scores, against hand-worked cases, plain loops and scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist, pdist
+from torch import Tensor
+
+from dreambooth import metrics
+from dreambooth.metrics import Diversity, Drift, IdentityFidelity, PromptAlignment
+
+E1, E2, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
+ROOT_HALF = 0.5**0.5
+
+
+def features(rows: int, width: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 3 + 0.5
+
+
+def test_identity_fidelity_is_the_mean_over_all_pairs() -> None:
+    generated, subject = torch.tensor([E1, E2]), torch.tensor([E1, DIAGONAL])
+    # pairs: e1.e1 = 1, e1.d = sqrt(1/2), e2.e1 = 0, e2.d = sqrt(1/2); one-to-one pairs would give (1 + 0.71) / 2
+    assert metrics.identity_fidelity(generated, subject).item() == pytest.approx((1 + 2 * ROOT_HALF) / 4)
+
+
+def test_identity_fidelity_agrees_with_scipy() -> None:
+    generated, subject = features(7), features(4, seed=1)
+    expected = (1 - cdist(generated.numpy(), subject.numpy(), "cosine")).mean()
+    assert metrics.identity_fidelity(generated, subject).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_identity_fidelity_ignores_lengths_of_vectors() -> None:
+    generated, subject = features(5), features(3, seed=1)
+    scaled = metrics.identity_fidelity(generated * torch.tensor([[1.0], [2.0], [9.0], [0.1], [4.0]]), subject * 7)
+    assert scaled.item() == pytest.approx(metrics.identity_fidelity(generated, subject).item(), abs=1e-6)
+
+
+def test_identity_fidelity_does_not_depend_on_order() -> None:
+    generated, subject = features(6), features(5, seed=1)
+    shuffled = metrics.identity_fidelity(generated[[3, 1, 5, 0, 2, 4]], subject[[4, 2, 0, 1, 3]])
+    assert shuffled.item() == pytest.approx(metrics.identity_fidelity(generated, subject).item(), abs=1e-6)
+
+
+def test_identity_fidelity_of_half_precision_is_computed_in_float32() -> None:
+    generated, subject = features(5).to(torch.bfloat16), features(3, seed=1).to(torch.bfloat16)
+    assert metrics.identity_fidelity(generated, subject) == metrics.identity_fidelity(generated.float(), subject.float())
+
+
+def test_per_image_fidelity_gives_one_mean_for_each_generated_image() -> None:
+    scores = metrics.per_image_fidelity(torch.tensor([E1, E2]), torch.tensor([E1, DIAGONAL]))
+    assert scores.tolist() == pytest.approx([(1 + ROOT_HALF) / 2, ROOT_HALF / 2])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_identity_fidelity_reaches_its_bounds(sign: float) -> None:
+    subject = features(1).expand(3, -1)
+    assert metrics.identity_fidelity(sign * 2 * subject, subject).item() == pytest.approx(sign, abs=1e-6)
+
+
+def test_prompt_alignment_pairs_each_image_with_its_own_prompt() -> None:
+    images, prompts = torch.tensor([E1, E2, E1]), torch.tensor([E1, E1, DIAGONAL])
+    assert metrics.prompt_alignment(images, prompts).item() == pytest.approx((1 + 0 + ROOT_HALF) / 3)
+
+
+def test_prompt_alignment_is_neither_scaled_nor_clamped() -> None:
+    assert metrics.prompt_alignment(torch.tensor([E1]), torch.tensor([[-2.0, 0.0]])).item() == pytest.approx(-1)
+
+
+def test_prompt_alignment_agrees_with_a_numpy_loop() -> None:
+    images, prompts = features(6).numpy(), features(6, seed=1).numpy()
+    expected = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(images, prompts, strict=True)]
+    assert metrics.per_image_alignment(torch.tensor(images), torch.tensor(prompts)).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_drift_is_the_mean_over_all_pairs() -> None:
+    class_images, subject = torch.tensor([E1, E2, DIAGONAL]), torch.tensor([E1, E2])
+    assert metrics.drift(class_images, subject).item() == pytest.approx((1 + 0 + 0 + 1 + 2 * ROOT_HALF) / 6)
+
+
+def test_diversity_of_a_hand_worked_case() -> None:
+    images = torch.tensor([E1, E2, E1, E1, E1, DIAGONAL])
+    groups = torch.tensor([4, 4, 9, 9, 9, 7])
+    # prompt 4: one pair at distance 1; prompt 9: three equal images; prompt 7: a single image, ignored
+    assert metrics.diversity(images, groups).item() == pytest.approx((1 + 0) / 2)
+
+
+def test_diversity_weighs_prompts_equally_not_pairs() -> None:
+    images = torch.tensor([E1, E2] + [E1] * 10)
+    groups = torch.tensor([0, 0] + [1] * 10)
+    assert metrics.diversity(images, groups).item() == pytest.approx(0.5)
+
+
+def test_diversity_agrees_with_scipy_pdist() -> None:
+    images, groups = features(12), torch.tensor([0, 1, 2] * 4)
+    expected = np.mean([pdist(images[groups == g].numpy(), "cosine").mean() for g in range(3)])
+    assert metrics.diversity(images, groups).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_diversity_does_not_depend_on_order() -> None:
+    images, groups = features(9), torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    assert metrics.diversity(images[order], groups[order]).item() == pytest.approx(metrics.diversity(images, groups).item(), abs=1e-6)
+
+
+def test_diversity_reaches_its_upper_bound() -> None:
+    assert metrics.diversity(torch.tensor([E1, [-1.0, 0.0]]), torch.tensor([0, 0])).item() == pytest.approx(2)
+
+
+def test_diversity_without_pairs_is_nan() -> None:
+    assert metrics.diversity(features(3), torch.tensor([0, 1, 2])).isnan()
+
+
+def test_diversity_of_a_broken_feature_is_nan_not_hidden() -> None:
+    images = features(4)
+    images[0] = math.nan
+    assert metrics.diversity(images[:2], torch.tensor([0, 0])).isnan()
+
+
+def test_real_photo_oracle_leaves_out_self_pairs() -> None:
+    # pairs: e1.e2 = 0, e1.d = e2.d = sqrt(1/2)
+    assert metrics.real_photo_oracle(torch.tensor([E1, E2, DIAGONAL])).item() == pytest.approx(2 * ROOT_HALF / 3)
+
+
+def test_real_photo_oracle_with_self_pairs_is_higher_by_its_share() -> None:
+    subject = features(5)
+    without = metrics.real_photo_oracle(subject).item()
+    assert metrics.real_photo_oracle(subject, self_pairs=True).item() == pytest.approx(without + (1 - without) / 5, abs=1e-6)
+
+
+def test_real_photo_oracle_of_one_photo_is_nan() -> None:
+    assert metrics.real_photo_oracle(features(1)).isnan()
+
+
+def test_memorisation_is_the_cosine_to_the_nearest_photo() -> None:
+    scores = metrics.memorisation(torch.tensor([E1, [1.0, -1.0], [2.0, 2.0]]), torch.tensor([E2, DIAGONAL]))
+    assert scores.tolist() == pytest.approx([ROOT_HALF, 0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [metrics.identity_fidelity, metrics.prompt_alignment, metrics.drift])
+def test_scores_of_no_images_are_nan(score) -> None:
+    assert score(torch.empty(0, 4), torch.empty(0, 4)).isnan()
+
+
+def test_memorisation_without_photos_is_nan() -> None:
+    assert metrics.memorisation(features(2), torch.empty(0, 8)).isnan().tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: metrics.identity_fidelity(torch.ones(3), torch.ones(2, 3)), "generated must be features of shape"),
+        (lambda: metrics.identity_fidelity(torch.ones(2, 3), torch.ones(2, 4)), "one encoder, got 3 and 4 dimensions"),
+        (lambda: metrics.prompt_alignment(torch.ones(3, 4), torch.ones(1, 4)), "one row for each image"),
+        (lambda: metrics.diversity(torch.ones(3, 4), torch.zeros(2, dtype=torch.long)), "one integer for each image"),
+        (lambda: metrics.diversity(torch.ones(3, 4), torch.zeros(3)), "must be integers, got torch.float32"),
+    ],
+)
+def test_scores_of_wrong_shapes_say_what_is_wrong(call, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+GROUPS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2, 1])
+CASES = [
+    pytest.param(IdentityFidelity, metrics.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1)), id="identity"),
+    pytest.param(PromptAlignment, metrics.prompt_alignment, lambda rows: (features(10)[rows], features(10, seed=2)[rows]), id="alignment"),
+    pytest.param(Drift, metrics.drift, lambda rows: (features(10)[rows], features(4, seed=1)), id="drift"),
+    pytest.param(Diversity, metrics.diversity, lambda rows: (features(10)[rows], GROUPS[rows]), id="diversity"),
+]
+
+
+@pytest.mark.parametrize(("kind", "function", "inputs"), CASES)
+def test_metric_in_uneven_batches_equals_the_function(kind, function, inputs) -> None:
+    metric = kind()
+    for rows in (slice(0, 1), slice(1, 7), slice(7, 7), slice(7, 10)):
+        metric.update(*inputs(rows))
+    assert metric.compute().item() == pytest.approx(function(*inputs(slice(None))).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "function", "inputs"), CASES)
+def test_metric_merged_from_uneven_ranks_equals_the_function(kind, function, inputs) -> None:
+    ranks = [kind(), kind()]
+    ranks[0].update(*inputs(slice(0, 2)))
+    ranks[1].update(*inputs(slice(2, 5)))
+    ranks[1].update(*inputs(slice(5, 10)))
+    ranks[0].merge_state(ranks[1])
+    assert ranks[0].compute().item() == pytest.approx(function(*inputs(slice(None))).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "function", "inputs"), CASES)
+def test_metric_reset_forgets(kind, function, inputs) -> None:
+    metric = kind()
+    metric.update(*inputs(slice(0, 5)))
+    metric.reset()
+    metric.update(*inputs(slice(5, 10)))
+    assert metric.compute().item() == pytest.approx(function(*inputs(slice(5, 10))).item(), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@pytest.mark.parametrize("kind", [IdentityFidelity, PromptAlignment, Drift, Diversity])
+def test_metric_without_images_is_nan(kind) -> None:
+    assert kind().compute().isnan()
+
+
+def test_table_directions_match_the_metric_classes() -> None:
+    better = {"identity_fidelity": IdentityFidelity, "prompt_alignment": PromptAlignment, "drift": Drift, "diversity": Diversity}
+    assert {row.key: row.direction == "up" for row in metrics.METRICS} == {key: kind.higher_is_better for key, kind in better.items()}
