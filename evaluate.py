@@ -1,16 +1,18 @@
 """Scores a run folder: identity fidelity, prompt alignment, drift and diversity, with the un-tuned base on the same prompts and noise.
 
-    python evaluate.py run=runs/default/full-robot-1a2b3c4d
-    python evaluate.py run=... 'prompts=["a photo of a {subject} on the beach"]' images=16
+python evaluate.py run=runs/default/full-robot-1a2b3c4d
+python evaluate.py run=... 'prompts=["a photo of a {subject} on the beach"]' images=16
 """
 
+from dreambooth import cli  # first: the package sets the thread policy that torch reads when it is loaded
+
+# isort: split
 import hashlib
 import json
 
 import hydra
 from omegaconf import DictConfig
 
-from dreambooth import cli
 from dreambooth.config import EvaluateConfig, to_plain
 from dreambooth.final_scores import evaluate_run
 from dreambooth.runs import read_run

@@ -1,15 +1,17 @@
 """Draws images with the model of a run folder.
 
-    python generate.py run=runs/default/full-robot-1a2b3c4d 'prompt=a photo of a {subject} on the beach'
+python generate.py run=runs/default/full-robot-1a2b3c4d 'prompt=a photo of a {subject} on the beach'
 """
 
+from dreambooth import cli  # first: the package sets the thread policy that torch reads when it is loaded
+
+# isort: split
 from pathlib import Path
 
 import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from dreambooth import cli
 from dreambooth.config import GenerateConfig
 from dreambooth.final_scores import write_grid
 from dreambooth.generation import generate, pick_device, save_png

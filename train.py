@@ -1,10 +1,13 @@
 """Trains DreamBooth on a few photos of a subject, and says what was learned and what was lost.
 
-    python train.py                                                             the built-in lab and subject: minutes on two cores
-    python train.py base=sd15 data.subject_dir=photos/ subject.class_noun=dog   your photos on Stable Diffusion 1.5
-    python train.py -m optim.learning_rate=1e-4,2e-4 trainer.max_steps=100,200  a sweep; the same command again skips what is done
+python train.py                                                             the built-in lab and subject: minutes on two cores
+python train.py base=sd15 data.subject_dir=photos/ subject.class_noun=dog   your photos on Stable Diffusion 1.5
+python train.py -m optim.learning_rate=1e-4,2e-4 trainer.max_steps=100,200  a sweep; the same command again skips what is done
 """
 
+from dreambooth import cli  # first: the package sets the thread policy that torch reads when it is loaded
+
+# isort: split
 import sys
 import traceback
 
@@ -14,12 +17,12 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.loggers.logger import Logger
 
-from dreambooth import cli
 from dreambooth.base.protocol import BaseModel
 from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite, last_state
 from dreambooth.class_bank import ClassBank, draw_bank, manifest_digest, read_user_bank, wants_class_images
 from dreambooth.config import Config, to_plain
 from dreambooth.data import DreamBoothData, ImageSet, describe_batch
+from dreambooth.files import require_free
 from dreambooth.final_scores import evaluate_run, read_photos
 from dreambooth.generation import pick_device, save_png
 from dreambooth.module import DreamBoothModule
@@ -54,7 +57,7 @@ def train(config: Config) -> RunFolder:
 
 def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_bank: ClassBank | None, base_digest: str) -> None:
     """Does the work of a run that is not done yet."""
-    print(f"run folder {run.path}" + (f", continued for the {run.record['resumed']}. time" if "resumed" in run.record else ""))
+    print(f"run folder {run.path}")
     save_photos(run, config, photos)
     missing = config.encoders.missing()
     if missing:
@@ -71,8 +74,12 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     data = DreamBoothData(config, subject, ImageSet(bank.images, bank.captions) if bank else None)
     groups = config.method.attach(base, config.subject.identifier)
     module = DreamBoothModule(config, base, groups)
+    weights_bytes = sum(p.numel() * p.element_size() for group in groups for p in group.parameters)
+    require_free(run.path, 8 * weights_bytes, "output_dir")  # best, final, the state with two moments, and the next state beside it
     metrics = MetricsFile(run.path / "metrics.csv")
     state = last_state(run, metrics)
+    if state is not None:
+        print(f"continuing from {state}")
     selection = SelectionScores(run, config, read_photos(run), encoders, metrics)
     trainer = pl.Trainer(
         max_steps=config.trainer.max_steps,
@@ -90,7 +97,7 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    with run.clock("training and its evaluation"):
+    with run.clock("training"):
         trainer.fit(module, data, ckpt_path=state, weights_only=True)
 
     choice = selection.choice()
@@ -128,13 +135,20 @@ def wandb_logger(config: Config, run: RunFolder) -> list[Logger]:
     import wandb
     from pytorch_lightning.loggers import WandbLogger
 
-    logger = WandbLogger(
-        name=run.path.name, id=f"{config.group}-{run.path.name}", group=config.group, project=config.wandb.project, entity=config.wandb.entity,
-        tags=config.wandb.tags, offline=config.wandb.mode == "offline", save_dir=str(run.path), log_model=False, resume="allow",
+    experiment = wandb.init(
+        name=run.path.name,
+        id=f"{config.group}-{run.path.name}",
+        group=config.group,
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        tags=config.wandb.tags,
+        config=to_plain(config),
+        mode=config.wandb.mode,
+        dir=str(run.path),
+        resume="allow",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
     )
-    logger.experiment.config.update(to_plain(config), allow_val_change=True)
-    return [logger]
+    return [WandbLogger(experiment=experiment)]
 
 
 def mirror_scores(trainer: pl.Trainer, run: RunFolder, scores: dict) -> None:

@@ -121,8 +121,12 @@ def load_trainable_state(base: BaseModel, state: dict[str, Tensor], source: str)
     own = {name: p for name, p in base.named_parameters() if p.requires_grad}
     odd = sorted(own.keys() ^ state.keys()) or sorted(n for n, p in own.items() if p.shape != state[n].shape)
     if odd:
-        raise UserError(source, "must hold exactly the tensors that the method trains", f"{len(odd)} that differ, the first {odd[0]}",
-                        "use the base and the method that it was trained with")
+        raise UserError(
+            source,
+            "must hold exactly the tensors that the method trains",
+            f"{len(odd)} that differ, the first {odd[0]}",
+            "use the base and the method that it was trained with",
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

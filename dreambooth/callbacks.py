@@ -1,5 +1,6 @@
 """What happens around the training steps: evaluation, keeping the best weights, the state to continue from, the progress line."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -62,12 +63,11 @@ class SelectionScores(pl.Callback):
         self.run, self.config, self.encoders, self.photos = run, config, encoders, photos
         self.subject = encoders.identity(photos) if encoders else None
         self.plan = selection_plan(config)
-        self.metrics, self.last_step = metrics, -1
-        self.rows: list[StepScores] = []
+        self.last_step = -1
+        self.rows = [_from_csv(row) for row in metrics.read() if row.get("score/evaluated")]
 
     def on_train_start(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Scores the un-tuned base, or takes up the scores of the run that is continued."""
-        self.rows = [_from_csv(row) for row in self.metrics.read() if row.get("score/drift") or row.get("score/evaluated")]
+        """Scores the un-tuned base, unless the run is continued."""
         self.last_step = trainer.global_step
         if trainer.global_step == 0:
             self.evaluate(trainer, module)
@@ -113,12 +113,18 @@ class ContinueState(pl.Callback):
     def __init__(self, run: RunFolder, every: int) -> None:
         self.path, self.every, self.last_step = run.path / "checkpoints" / "last.ckpt", every, -1
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Takes up the step that the run stands at."""
+        self.last_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        """Saves when the step is due."""
-        step, max_steps = trainer.global_step, trainer.max_steps
-        if step == self.last_step or (step % self.every and step != max_steps):
+        """Saves when the step is due; never between the batches that one step accumulates."""
+        step = trainer.global_step
+        if step == self.last_step:
             return
         self.last_step = step
+        if step % self.every and step != trainer.max_steps:
+            return
         temporary = self.path.with_name(".last.ckpt.tmp")
         trainer.save_checkpoint(temporary)
         os.replace(temporary, self.path)
@@ -130,8 +136,12 @@ class StopAtNonFinite(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         """Looks at the loss of the step."""
         if not torch.isfinite(outputs["loss"]):
-            raise UserError("the loss", f"must stay finite, at step {trainer.global_step}", float(outputs["loss"]),
-                            "lower optim.learning_rate, or use trainer.precision=32-true")
+            raise UserError(
+                "the loss",
+                f"must stay finite, at step {trainer.global_step}",
+                float(outputs["loss"]),
+                "lower optim.learning_rate, or use trainer.precision=32-true",
+            )
 
 
 class ProgressLine(pl.Callback):
@@ -154,8 +164,12 @@ class ProgressLine(pl.Callback):
         self.bar.update(trainer.global_step - self.last_step)
         self.last_step = trainer.global_step
 
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Closes the bar, after a failure too."""
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Closes the bar."""
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Closes the bar before the error is told."""
         if self.bar is not None:
             self.bar.close()
 
@@ -180,5 +194,6 @@ def _from_csv(row: dict[str, str]) -> StepScores:
 
 
 def _event(step: int, values: dict[str, float], seconds: float) -> str:
-    shown = ", ".join(f"{key.replace('_', ' ')} {values[key]:.3f}" for key in SCORE_KEYS[:4] if key in values) or "samples drawn (no scores)"
+    known = [key for key in SCORE_KEYS[:4] if math.isfinite(values.get(key, math.nan))]
+    shown = ", ".join(f"{key.replace('_', ' ')} {values[key]:.3f}" for key in known) or "samples drawn (no scores)"
     return f"step {step}: {shown} ({seconds:.0f} s)"

@@ -80,7 +80,9 @@ def _typed(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a key that was forced in with +
-        raise ConfigError(str(error).rpartition("attribute ")[2].strip("'"), "must be a setting that exists", None, "see them all: python train.py --cfg job") from error
+        raise ConfigError(
+            str(error).rpartition("attribute ")[2].strip("'"), "must be a setting that exists", None, "see them all: python train.py --cfg job"
+        ) from error
 
 
 def explain(error: BaseException) -> str | None:
@@ -120,7 +122,9 @@ def _explain_config(error: Exception) -> str:
 
 def _near(key: str, section: str) -> str | None:
     """Returns the setting of a section (by its class name) that a wrong key probably meant: alike, or with those initials."""
-    kinds = {kind.__name__: kind for kind in (*vars(config).values(), *(kind for group in CHOICES.values() for kind in group)) if isinstance(kind, type)}
+    kinds = {
+        kind.__name__: kind for kind in (*vars(config).values(), *(kind for group in CHOICES.values() for kind in group)) if isinstance(kind, type)
+    }
     known = list(getattr(kinds.get(section), "__dataclass_fields__", ()))
     initials = [name for name in known if "".join(word[0] for word in name.split("_")) == key]
     return next(iter(initials + difflib.get_close_matches(key, known, 1, 0.5)), None)
@@ -157,5 +161,11 @@ def quiet() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     for name in ("pytorch_lightning", "lightning.pytorch", "diffusers", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for pattern in (r".*isinstance\(treespec, LeafSpec\).*", r".*does not have many workers.*", r".*litlogger.*", r".*resumed from a checkpoint that ended before.*"):
+    for pattern in (
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*does not have many workers.*",
+        r".*litlogger.*",
+        r".*in eval mode at the start of training.*",
+        r".*resumed from a checkpoint that ended before.*",
+    ):
         warnings.filterwarnings("ignore", pattern)

@@ -45,7 +45,9 @@ class Subject:
 
     def __post_init__(self) -> None:
         _require(bool(self.identifier.strip()), "subject.identifier", "must be a word", self.identifier, "choose a rare word such as sks or ohwx")
-        _require(self.class_noun is None or bool(self.class_noun.strip()), "subject.class_noun", "must be a word", self.class_noun, "say what it is: dog")
+        _require(
+            self.class_noun is None or bool(self.class_noun.strip()), "subject.class_noun", "must be a word", self.class_noun, "say what it is: dog"
+        )
         _templates("subject.prompt", [self.prompt] if self.prompt is not None else None)
 
     def in_prompt(self, template: str) -> str:
@@ -72,8 +74,13 @@ class Data:
     def __post_init__(self) -> None:
         _require(self.on_bad_photo in ("skip", "refuse"), "data.on_bad_photo", "must be skip or refuse", self.on_bad_photo, "choose one")
         _require(self.crop in ("center", "random"), "data.crop", "must be center or random", self.crop, "choose one")
-        _require(self.resolution is None or (self.resolution >= 16 and self.resolution % 8 == 0), "data.resolution",
-                 "must be a multiple of 8 px, 16 or more", self.resolution, "512 is Stable Diffusion 1.5's")
+        _require(
+            self.resolution is None or (self.resolution >= 16 and self.resolution % 8 == 0),
+            "data.resolution",
+            "must be a multiple of 8 px, 16 or more",
+            self.resolution,
+            "512 is Stable Diffusion 1.5's",
+        )
         _positive("data.batch_size", self.batch_size)
         _require(self.num_workers >= 0, "data.num_workers", "must be 0 or more", self.num_workers, "0 is enough for a few photos")
 
@@ -260,7 +267,9 @@ def from_plain(plain: dict[str, Any], source: str = "run.json") -> Config:
             node[group] = OmegaConf.structured(named[name])
         return OmegaConf.to_object(OmegaConf.merge(node, plain))
     except OmegaConfBaseException as error:
-        raise ConfigError(source, f"must fit the config of this version: {str(error).splitlines()[0]}", None, "use the version that wrote it") from error
+        raise ConfigError(
+            source, f"must fit the config of this version: {str(error).splitlines()[0]}", None, "use the version that wrote it"
+        ) from error
 
 
 def fingerprint(plain: dict[str, Any], **digests: str) -> str:
@@ -298,7 +307,9 @@ class EvaluateConfig:
     accelerator: str = "auto"  # auto, cpu, gpu
 
     def __post_init__(self) -> None:
-        _require(bool(self.arms) and not set(self.arms) - {"base", "best", "final"}, "arms", "must be some of base, best, final", list(self.arms), "choose")
+        _require(
+            bool(self.arms) and not set(self.arms) - {"base", "best", "final"}, "arms", "must be some of base, best, final", list(self.arms), "choose"
+        )
         _templates("prompts", self.prompts)
         _positive("images", self.images)
         _positive("class_images", self.class_images)

@@ -134,4 +134,7 @@ def describe_batch(config: Config, photos: int, class_images: int) -> str:
     if not class_images:
         return text + ", no prior preservation"
     seen = steps * every * class_batch_size(config) / class_images
-    return text + f" + {every * class_batch_size(config)} class images (each of {class_images}: {seen:.1f} times), prior loss weight {config.prior.weight:g}"
+    return (
+        text
+        + f" + {every * class_batch_size(config)} class images (each of {class_images}: {seen:.1f} times), prior loss weight {config.prior.weight:g}"
+    )

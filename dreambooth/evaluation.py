@@ -105,11 +105,17 @@ def score(images: np.ndarray, items: Sequence[Item], subject_features: Tensor, e
     fidelity = per_image_fidelity(identity, subject_features)
     alignment = torch.full((len(items),), float("nan"))
     alignment[torch.from_numpy(is_subject)] = per_image_alignment(image_features, prompts)
-    rows = pd.DataFrame({
-        "kind": [item.kind for item in items], "template": [item.template for item in items], "prompt": [item.prompt for item in items],
-        "k": [item.key[-1] for item in items], "identity": fidelity.numpy(), "alignment": alignment.numpy(),
-        "nearest_photo": memorisation(identity, subject_features).numpy(),
-    })
+    rows = pd.DataFrame(
+        {
+            "kind": [item.kind for item in items],
+            "template": [item.template for item in items],
+            "prompt": [item.prompt for item in items],
+            "k": [item.key[-1] for item in items],
+            "identity": fidelity.numpy(),
+            "alignment": alignment.numpy(),
+            "nearest_photo": memorisation(identity, subject_features).numpy(),
+        }
+    )
     return Scores(values, _intervals(rows), rows)
 
 

@@ -3,11 +3,14 @@
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from dreambooth.errors import UserError
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> Path:
@@ -48,6 +51,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     return write_with(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def require_free(folder: Path, needed_bytes: int, where: str) -> None:
+    """Refuses a job that the disk has no room for, before it starts.
+
+    Args:
+        folder: an existing folder on the disk that will be written to.
+        needed_bytes: what the job will write at most.
+        where: the config path that can name another place.
+
+    Raises:
+        UserError: when less is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            where,
+            f"must be on a disk with {needed_bytes / 1e9:.2f} GB free for checkpoints",
+            f"{free / 1e9:.2f} GB",
+            f"free some space, or set {where} to another disk",
+        )
 
 
 def _without_nan(value: Any) -> Any:

@@ -141,7 +141,9 @@ def _ground_truth(config: Config, items: Sequence[Item]) -> tuple[list[Item], np
     kept = [item for item, context in contexts.items() if context]
     if not kept:
         return None
-    pixels = ground_truth(config.subject.class_noun, config.subject.lab_seed, [contexts[i] for i in kept], [i.key[-1] + 1000 for i in kept])  # (N, 3, H, W)
+    pixels = ground_truth(
+        config.subject.class_noun, config.subject.lab_seed, [contexts[i] for i in kept], [i.key[-1] + 1000 for i in kept]
+    )  # (N, 3, H, W)
     return kept, pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -155,8 +157,12 @@ def _differences(scores: dict[str, Scores]) -> dict[str, Any]:
         found[f"{arm} - base"] = {
             key: {"mean": d.mean} | _interval(d)
             for key, d in {
-                "identity_fidelity": paired_difference(both[0].identity[subject].to_numpy(), both[1].identity[subject].to_numpy(), prompts, unit="prompt"),
-                "prompt_alignment": paired_difference(both[0].alignment[subject].to_numpy(), both[1].alignment[subject].to_numpy(), prompts, unit="prompt"),
+                "identity_fidelity": paired_difference(
+                    both[0].identity[subject].to_numpy(), both[1].identity[subject].to_numpy(), prompts, unit="prompt"
+                ),
+                "prompt_alignment": paired_difference(
+                    both[0].alignment[subject].to_numpy(), both[1].alignment[subject].to_numpy(), prompts, unit="prompt"
+                ),
                 "drift": paired_difference(both[0].identity[other].to_numpy(), both[1].identity[other].to_numpy(), unit="image"),
             }.items()
         }

@@ -31,6 +31,11 @@ class DreamBoothModule(pl.LightningModule):
         self.prior_loss_weight = config.prior.weight if isinstance(config.prior, ClassImages) else 0.0
         self.strict_loading = False  # a checkpoint holds what learns; `on_load_checkpoint` checks that it holds all of it
 
+    def on_train_start(self) -> None:
+        """Puts what learns in training mode; the VAE stays as it is."""
+        self.base.unet.train()
+        self.base.text_encoder.train()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of a mixed batch."""
         posterior_noise = normals(self.base.latent_shape(*batch.pixel_values.shape[-2:]), POSTERIOR, batch.keys)  # (B, C, h, w)
@@ -57,5 +62,9 @@ class DreamBoothModule(pl.LightningModule):
         own = {f"base.{name}" for name in trainable_state(self.base)}
         odd = sorted(own ^ checkpoint["state_dict"].keys())
         if odd:
-            raise UserError("checkpoints/last.ckpt", "must hold exactly the tensors that the method trains",
-                            f"{len(odd)} that differ, the first {odd[0]}", "delete the run folder to start again")
+            raise UserError(
+                "checkpoints/last.ckpt",
+                "must hold exactly the tensors that the method trains",
+                f"{len(odd)} that differ, the first {odd[0]}",
+                "delete the run folder to start again",
+            )

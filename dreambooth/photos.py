@@ -259,9 +259,7 @@ def fit_short_side(image: Image.Image, resolution: int) -> Image.Image:
     return image.resize(tuple(max(resolution, round(side * scale)) for side in image.size), Image.Resampling.LANCZOS)
 
 
-def prepare(
-    image: Image.Image, resolution: int, crop: Mode = "center", flip: bool = False, u: tuple[float, float] = (0.5, 0.5)
-) -> np.ndarray:
+def prepare(image: Image.Image, resolution: int, crop: Mode = "center", flip: bool = False, u: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
     """Returns the square that training sees, uint8 (resolution, resolution, 3): short side resized, long side cropped, never squashed.
 
     Args:

@@ -14,9 +14,19 @@ LAB: dict[str, Any] = {
     "data.batch_size": 4,
     "prior.batch_size": 4,
     "prior.num_images": 64,
-    "prior.prompts": ["a photo of a {subject}"] + [
+    "prior.prompts": ["a photo of a {subject}"]
+    + [
         f"a photo of a {{subject}} {context}"
-        for context in ("on the grass", "on a wooden table", "on the beach", "in a city", "at night", "at sunset", "on a checkered floor", "on a red carpet")
+        for context in (
+            "on the grass",
+            "on a wooden table",
+            "on the beach",
+            "in a city",
+            "at night",
+            "at sunset",
+            "on a checkered floor",
+            "on a red carpet",
+        )
     ],
     "method.train_text_encoder": True,
     "method.train_token": True,
@@ -31,7 +41,9 @@ LAB: dict[str, Any] = {
     "sampling.guidance_scale": 3.0,
     "sampling.batch_size": 32,
     "evaluation.selection_prompts": [f"a photo of a {{subject}} {context}" for context in ("in a city", "at night", "at sunset", "on a red carpet")],
-    "evaluation.final_prompts": [f"a photo of a {{subject}} {context}" for context in ("in the snow", "in the jungle", "in the desert", "on the moon")],
+    "evaluation.final_prompts": [
+        f"a photo of a {{subject}} {context}" for context in ("in the snow", "in the jungle", "in the desert", "on the moon")
+    ],
     "evaluation.class_prompt": "a photo of a {subject}",
     "evaluation.selection_images": 4,
     "evaluation.final_images": 8,
@@ -58,8 +70,12 @@ STABLE_DIFFUSION: dict[str, Any] = {
     "sampling.steps": 50,
     "sampling.guidance_scale": 7.5,
     "sampling.batch_size": 4,
-    "evaluation.selection_prompts": [f"a photo of a {{subject}} {context}" for context in ("at night", "on a city street", "on a red carpet", "in a kitchen")],
-    "evaluation.final_prompts": [f"a photo of a {{subject}} {context}" for context in ("in the snow", "in the jungle", "on the beach", "on the moon")],
+    "evaluation.selection_prompts": [
+        f"a photo of a {{subject}} {context}" for context in ("at night", "on a city street", "on a red carpet", "in a kitchen")
+    ],
+    "evaluation.final_prompts": [
+        f"a photo of a {{subject}} {context}" for context in ("in the snow", "in the jungle", "on the beach", "on the moon")
+    ],
     "evaluation.class_prompt": "a photo of a {subject}",
     "evaluation.selection_images": 2,
     "evaluation.final_images": 4,
@@ -77,8 +93,12 @@ def resolve(config: Config) -> Config:
     if config.data.subject_dir is not None and config.subject.class_noun is None:
         raise ConfigError("subject.class_noun", "must be set when data.subject_dir is", None, "say what the photos show: subject.class_noun=dog")
     if config.data.subject_dir is None and not lab:
-        raise ConfigError("data.subject_dir", "must be set for this base (only base=lab has a built-in subject)", None,
-                          "give the folder with the photos: data.subject_dir=photos/ subject.class_noun=dog")
+        raise ConfigError(
+            "data.subject_dir",
+            "must be set for this base (only base=lab has a built-in subject)",
+            None,
+            "give the folder with the photos: data.subject_dir=photos/ subject.class_noun=dog",
+        )
     for dotted, value in (LAB if lab else STABLE_DIFFUSION).items():
         section, key = dotted.split(".")
         node = getattr(config, section)

@@ -1,11 +1,11 @@
 """The run folder: created, continued, skipped or refused; `run.json`; `metrics.csv`; a trained model loaded back from it.
 
-    run.json       plain config, status, error, digests of the inputs, versions, seconds by part, peak memory
-    photos/        the subject's photos as they were prepared
-    checkpoints/   last.ckpt (to continue), best.safetensors and final.safetensors (the learned tensors, self-describing)
-    metrics.csv    losses and scores by step
-    samples/       pictures of each evaluation, grids
-    scores.json, scores.parquet
+run.json       plain config, status, error, digests of the inputs, versions, seconds by part, peak memory
+photos/        the subject's photos as they were prepared
+checkpoints/   last.ckpt (to continue), best.safetensors and final.safetensors (the learned tensors, self-describing)
+metrics.csv    losses and scores by step
+samples/       pictures of each evaluation, grids
+scores.json, scores.parquet
 """
 
 import csv
@@ -36,6 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path, self.record = path, record
+        self._parts: list[str] = []  # clocks that run, outermost first
 
     @property
     def status(self) -> str:
@@ -60,13 +61,17 @@ class RunFolder:
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `seconds.<part>`; kept at the next `update`."""
+        """Adds the seconds spent inside to `seconds.<part>`, and takes them from the part around it; kept at the next `update`."""
         start = time.perf_counter()
+        self._parts.append(part)
         try:
             yield
         finally:
-            seconds = self.record.setdefault("seconds", {})
-            seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 2)
+            self._parts.pop()
+            seconds, spent = self.record.setdefault("seconds", {}), time.perf_counter() - start
+            seconds[part] = round(seconds.get(part, 0.0) + spent, 2)
+            if self._parts:
+                seconds[self._parts[-1]] = round(seconds.get(self._parts[-1], 0.0) - spent, 2)
 
     def finish(self, status: str, error: str | None = None, **fields: Any) -> None:
         """Closes the run as "done" or "failed" with the reason."""
@@ -94,8 +99,22 @@ def open_run(config: Config, **digests: str) -> RunFolder:
         if run.status != "done":
             run.update(status="running", error=None, resumed=run.record.get("resumed", 0) + 1)
         return run
-    run = RunFolder(path, {"format": 1, "status": "running", "error": None, "fingerprint": name[-8:], "started": _now(), "config": plain, "digests": digests,
-                           "git_revision": git_revision(), "python": platform.python_version(), "versions": installed_versions(), "seconds": {}})
+    run = RunFolder(
+        path,
+        {
+            "format": 1,
+            "status": "running",
+            "error": None,
+            "fingerprint": name[-8:],
+            "started": _now(),
+            "config": plain,
+            "digests": digests,
+            "git_revision": git_revision(),
+            "python": platform.python_version(),
+            "versions": installed_versions(),
+            "seconds": {},
+        },
+    )
     run.update()
     return run
 
@@ -110,14 +129,17 @@ def read_run(path: str | Path) -> RunFolder:
     try:
         return RunFolder(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(str(path), "must be a run folder (with a run.json)", None, "give a folder that train.py made, as runs/default/full-robot-1a2b3c4d") from None
+        raise UserError(
+            str(path), "must be a run folder (with a run.json)", None, "give a folder that train.py made, as runs/default/full-robot-1a2b3c4d"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(str(path / "run.json"), f"must be JSON: {error}", None, "restore it, or move the folder away and train again") from None
 
 
 def save_weights(run: RunFolder, name: str, base: BaseModel, step: int) -> Path:
     """Writes the learned tensors as `checkpoints/<name>.safetensors`, with the plain config and the step in its metadata."""
-    metadata = {"config": json.dumps(run.record["config"]), "step": str(step), "base_digest": run.record["digests"].get("base", "")}
+    about = {"step": step, "base_digest": run.record["digests"].get("base"), "config": run.record["config"]}
+    metadata = {"dreambooth": json.dumps(about, sort_keys=True)}  # one key: safetensors writes several in any order
     return write_tensors(run.path / "checkpoints" / f"{name}.safetensors", trainable_state(base), metadata)
 
 
@@ -142,7 +164,9 @@ def load(path: str | Path, weights: str = "best") -> Trained:
     run = read_run(path)
     config = run.config
     if config.base.digest() != run.record["digests"]["base"]:
-        raise UserError(str(run.path), "was trained on another base than the one now at base.path", config.base.path, "put the old base back, or train again")
+        raise UserError(
+            str(run.path), "was trained on another base than the one now at base.path", config.base.path, "put the old base back, or train again"
+        )
     base = config.base.load()
     config.method.attach(base, config.subject.identifier)
     return Trained(base, config, 0 if weights == "base" else load_weights(run, weights, base))
@@ -154,10 +178,13 @@ def load_weights(run: RunFolder, name: str, base: BaseModel) -> int:
 
     path = run.path / "checkpoints" / f"{name}.safetensors"
     if not path.is_file():
-        raise UserError(str(path), "does not exist", None, f"the run is {run.status!r}; finish it by the same train.py command, or ask for other weights")
+        raise UserError(
+            str(path), "does not exist", None, f"the run is {run.status!r}; finish it by the same train.py command, or ask for other weights"
+        )
     try:
         with safe_open(path, "pt") as opened:
-            state, step = {key: opened.get_tensor(key) for key in opened.keys()}, int(opened.metadata()["step"])
+            state = {key: opened.get_tensor(key) for key in opened.keys()}
+            step = int(json.loads(opened.metadata()["dreambooth"])["step"])
     except SafetensorError as error:
         raise UserError(str(path), f"must be a whole safetensors file: {error}", None, "train again, or take the other weights") from None
     load_trainable_state(base, state, str(path))
@@ -209,7 +236,9 @@ def git_revision() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+changes" if changed else "")

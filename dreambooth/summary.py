@@ -14,7 +14,9 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
         reason: why the best step was chosen, from the declared rule.
     """
     rows = {row["arm"]: row for row in scores["rows"]}
-    lines = [f"\n{run.config.subject.identifier} {run.config.subject.class_noun}: {rows['best']['step']} of {run.config.trainer.max_steps} steps are the best"]
+    lines = [
+        f"\n{run.config.subject.identifier} {run.config.subject.class_noun}: {rows['best']['step']} of {run.config.trainer.max_steps} steps are the best"
+    ]
     if scores["missing"]:
         lines += [f"  no scores: {scores['missing']}", "  the last step was kept as the best; look at the pictures"]
     else:
@@ -24,12 +26,19 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
     lines += [
         f"  pictures  {run.path / 'samples' / 'final_grid.png'}",
         f"  run       {run.path}",
+        f"  time      {_time(run.record['seconds'])}",
         "next:",
         f'  python generate.py run={run.path} "prompt=a photo of a {{subject}} on the beach"     draw with it',
         f"  python evaluate.py run={run.path}     score it again, or on prompts of your own",
-        f"  python -m dreambooth export {run.path} model.safetensors     one file for other image tools",
+        f"  python -m dreambooth export {run.path} {'model/' if run.config.base.is_lab() else 'model.safetensors'}     the tuned model for other image tools",
     ]
     return "\n".join(lines)
+
+
+def _time(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values())
+    parts = ", ".join(f"{part} {value:.0f} s" for part, value in seconds.items() if value >= 0.5)
+    return f"{total // 60:.0f} min {total % 60:.0f} s: {parts}"
 
 
 def _learned(rows: dict[str, Any], scores: dict[str, Any]) -> list[str]:

@@ -64,9 +64,7 @@ OPENCLIP_PATTERNS = (
 MODELSPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # modelspec 1.0.0, prediction_type
 
 
-def save_single_file(
-    model: BaseModel, path: str | Path, dtype: torch.dtype = torch.float16, metadata: dict[str, str] | None = None
-) -> Path:
+def save_single_file(model: BaseModel, path: str | Path, dtype: torch.dtype = torch.float16, metadata: dict[str, str] | None = None) -> Path:
     """Writes a model as one LDM .safetensors file and returns its path.
 
     It is written beside its final name and renamed at the end; a file that was there before is replaced.

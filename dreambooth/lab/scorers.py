@@ -4,7 +4,6 @@ They see 32 x 32 pixels, so they forgive blur; they know four classes (robot, te
 body's colour. `weights/README.md` says how good they are.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -66,12 +65,7 @@ class LabScorers(nn.Module):
     """The lab's identity, image and text encoders, frozen; all features are (N, 128), float32, of length 1.
 
     `load` makes one with its weights. Gradients are off, and autocast has no effect on the scores.
-
-    Attributes:
-        version: which scorers these are, with a hash of their weights; written beside the scores.
     """
-
-    version: str = "untrained"
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +100,7 @@ class LabScorers(nn.Module):
         from safetensors.torch import load_file
 
         folder = SCORERS_FOLDER if folder is None else Path(folder)
-        scorers, content = cls(), hashlib.sha256()
+        scorers = cls()
         for name in ("identity", "image", "text"):
             file = folder / f"{name}.safetensors"
             if not file.is_file():
@@ -114,8 +108,6 @@ class LabScorers(nn.Module):
                 raise UserError(str(file), rule, next_step="give the folder of the lab's scorers")
             weights = {key: tensor.float() for key, tensor in load_file(file).items()}
             scorers.get_submodule(f"{name}_encoder").load_state_dict(weights)
-            content.update(file.read_bytes())
-        scorers.version = f"lab scorers, {IMAGE_SIDE} px, sha256 {content.hexdigest()[:12]}"
         return scorers
 
     @property

@@ -32,9 +32,7 @@ CHUNK = 16  # pictures at once: bounds the memory
 FLAKE_SIDE = 128  # snow flakes lie on a grid of this many cells
 
 
-def render(
-    identities: Sequence[Identity], contexts: Sequence[str], seeds: Sequence[int], resolution: int = 64, device: str = "cpu"
-) -> Tensor:
+def render(identities: Sequence[Identity], contexts: Sequence[str], seeds: Sequence[int], resolution: int = 64, device: str = "cpu") -> Tensor:
     """Returns pictures of subjects in places: uint8 (N, 3, resolution, resolution).
 
     Args:
@@ -91,9 +89,7 @@ def check_context(context: str) -> None:
         raise UserError("context", "must be a place of the lab's world", context, f"choose one of {', '.join(CONTEXTS)}")
 
 
-def render_chunk(
-    identities: Sequence[Identity], contexts: Sequence[str], keys: Sequence[tuple[int, ...]], resolution: int, device: str
-) -> Tensor:
+def render_chunk(identities: Sequence[Identity], contexts: Sequence[str], keys: Sequence[tuple[int, ...]], resolution: int, device: str) -> Tensor:
     """Returns a few pictures, sorted by context, uint8 (B, 3, resolution, resolution).
 
     The order of the draws from each picture's generator (view, place, light, flakes) is part of the world: old seeds keep their pictures.

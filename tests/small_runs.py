@@ -1,0 +1,59 @@
+"""Real training runs of a few steps, for tests: in this process, or as a user types them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import train as script
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreambooth.config import Config
+from dreambooth.runs import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (  # as few images as an evaluation can have
+    "prior.num_images=4",
+    "sampling.steps=2",
+    "sampling.guidance_scale=2",
+    "evaluation.selection_images=1",
+    "evaluation.final_images=2",
+    "evaluation.class_images=2",
+    "trainer.accelerator=cpu",
+    "trainer.progress_bar=false",
+    "wandb.mode=disabled",
+)
+
+
+def composed(*overrides: str) -> Config:
+    """Returns the typed config that these words on the command line give."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        small = [word for word in SMALL if not ("prior=none" in overrides and word.startswith("prior."))]
+        return OmegaConf.to_object(compose("train", [*small, *overrides]))
+
+
+def run(*overrides: str) -> RunFolder:
+    """Trains in this process."""
+    return script.train(composed(*overrides))
+
+
+def typed(*words: str, script: str = "train.py", timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user types it."""
+    return subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+def weights(run: RunFolder, name: str = "final") -> dict:
+    """Returns the learned tensors of a run."""
+    return load_file(run.path / "checkpoints" / f"{name}.safetensors")
+
+
+def make_photos(folder: Path, count: int = 4, size: tuple[int, int] = (96, 80)) -> Path:
+    """Writes photos that differ, as a phone names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        noise = np.random.default_rng(k).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size, Image.BICUBIC).save(folder / f"IMG_{k + 1}.jpg", quality=95)
+    return folder

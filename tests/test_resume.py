@@ -1,0 +1,119 @@
+"""A run that was killed and continued ends as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import ROOT, SMALL, make_photos, run, typed, weights
+
+from dreambooth.callbacks import ContinueState
+from dreambooth.runs import MetricsFile, RunFolder, read_run
+
+STEPS = 7
+HARD = (  # all that could remember something: accumulation, random crops, flips, a schedule, evaluation in between
+    f"trainer.max_steps={STEPS}",
+    "trainer.eval_every=3",
+    "trainer.checkpoint_every=2",
+    "trainer.accumulate_grad_batches=2",
+    "data.crop=random",
+    "data.flip=true",
+    "data.batch_size=2",
+    "prior.batch_size=1",
+    "optim.schedule=cosine",
+    "optim.warmup_steps=2",
+    "optim.learning_rate=1e-3",
+    "method.train_text_encoder=true",
+    "method.train_token=true",
+    "subject.class_noun=dog",
+)
+
+
+def _words(base: Path, photos: Path, output: Path) -> list[str]:
+    return [*HARD, f"base.path={base}", f"data.subject_dir={photos}", f"output_dir={output}"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("photos") / "dog")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_folder, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run(*_words(tiny_folder(), photos, tmp_path_factory.mktemp("straight")))
+
+
+def _assert_equal(continued: RunFolder, straight: RunFolder) -> None:
+    ours, theirs = weights(continued), weights(straight)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert MetricsFile(continued.path / "metrics.csv").read() == MetricsFile(straight.path / "metrics.csv").read()
+
+
+class Cut(Exception):
+    """Stands for a crash."""
+
+
+@pytest.mark.parametrize("cut_at", [1, 2, 3, 5, 7])
+def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path, monkeypatch, cut_at: int) -> None:
+    words = _words(tiny_folder(), photos, tmp_path)
+    save = ContinueState.on_train_batch_end
+
+    def cut(self: ContinueState, trainer, module, *args) -> None:
+        if trainer.global_step == cut_at:
+            raise Cut
+        save(self, trainer, module, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(ContinueState, "on_train_batch_end", cut)
+        run(*words)
+    failed = next((tmp_path / "default").iterdir())
+    assert read_run(failed).status == "failed" and "Cut" in read_run(failed).record["error"]
+    continued = run(*words)
+    assert continued.path == failed and continued.status == "done" and continued.record["resumed"] == 1
+    _assert_equal(continued, straight)
+
+
+def test_run_killed_with_kill_9_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path) -> None:
+    words = [*SMALL, *_words(tiny_folder(), photos, tmp_path)]
+    with subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob("default/*/checkpoints/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    killed = read_run(next((tmp_path / "default").iterdir()))
+    assert process.returncode == -signal.SIGKILL and killed.status == "running"
+    done = typed(*words)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from" in done.stdout
+    _assert_equal(read_run(killed.path), straight)
+
+
+def test_run_cut_in_its_final_scores_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path, monkeypatch) -> None:
+    words = _words(tiny_folder(), photos, tmp_path)
+
+    def cut(*args, **kwargs) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr("train.evaluate_run", cut)
+        run(*words)
+    continued = run(*words)
+    assert continued.record["best_step"] == straight.record["best_step"]
+    _assert_equal(continued, straight)
+
+
+def test_evaluation_while_training_does_not_change_the_weights(straight, tiny_folder, photos, tmp_path) -> None:
+    other = run(*_words(tiny_folder(), photos, tmp_path), "trainer.eval_every=1", "evaluation.class_images=5")
+    ours, theirs = weights(other), weights(straight)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_data_workers_do_not_change_the_weights(straight, tiny_folder, photos, tmp_path) -> None:
+    other = run(*_words(tiny_folder(), photos, tmp_path), "data.num_workers=2")
+    assert other.path.name == straight.path.name
+    assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(other).items())
