@@ -1,6 +1,6 @@
 """Draws images with the model of a run folder.
 
-python generate.py run=runs/default/full-robot-1a2b3c4d 'prompt=a photo of a {subject} on the beach'
+python generate.py run=runs/default/full-robot-1a2b3c4d 'prompt=a photo of a sks robot on the beach'
 """
 
 from dreambooth import cli  # first: the package sets the thread policy that torch reads when it is loaded
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from dreambooth.config import GenerateConfig
 from dreambooth.final_scores import write_grid
 from dreambooth.generation import generate, pick_device, save_png
-from dreambooth.photos import image_grid
+from dreambooth.grids import image_grid
 from dreambooth.runs import load, read_run
 
 

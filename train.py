@@ -10,27 +10,27 @@ from dreambooth import cli  # first: the package sets the thread policy that tor
 # isort: split
 import sys
 import traceback
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import numpy as np
-import pytorch_lightning as pl
 from omegaconf import DictConfig
-from pytorch_lightning.loggers.logger import Logger
 
 from dreambooth.base.protocol import BaseModel
-from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite, last_state
 from dreambooth.class_bank import ClassBank, draw_bank, manifest_digest, read_user_bank, wants_class_images
 from dreambooth.config import Config, to_plain
-from dreambooth.data import DreamBoothData, ImageSet, describe_batch
+from dreambooth.errors import UserError
 from dreambooth.files import require_free
-from dreambooth.final_scores import evaluate_run, read_photos
 from dreambooth.generation import pick_device, save_png
-from dreambooth.module import DreamBoothModule
 from dreambooth.photos import prepare
 from dreambooth.recipes import resolve
 from dreambooth.runs import MetricsFile, RunFolder, open_run
+from dreambooth.samplers import scheduler
 from dreambooth.subject_photos import SubjectPhotos, read_subject_photos
 from dreambooth.summary import summarize
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 def train(config: Config) -> RunFolder:
@@ -49,6 +49,9 @@ def train(config: Config) -> RunFolder:
         return run
     try:
         fit_and_score(config, run, photos, own_bank, base_digest)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        run.finish("failed", "stopped by Ctrl-C")
+        raise KeyboardInterrupt from None
     except BaseException as error:
         run.finish("failed", cli.explain(error) or "".join(traceback.format_exception_only(error)).strip())
         raise
@@ -57,15 +60,23 @@ def train(config: Config) -> RunFolder:
 
 def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_bank: ClassBank | None, base_digest: str) -> None:
     """Does the work of a run that is not done yet."""
+    # Lightning and the metrics take seconds to import: only here, so that bad input is answered at once.
+    from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite, last_state
+    from dreambooth.data import DreamBoothData, ImageSet, describe_batch
+    from dreambooth.final_scores import evaluate_run, read_photos
+    from dreambooth.module import DreamBoothModule
+
     print(f"run folder {run.path}")
+    mirror = wandb_logger(config, run)
     save_photos(run, config, photos)
-    missing = config.encoders.missing()
-    if missing:
-        print(f"warning: this run draws pictures but has no scores: {missing}")
     with run.clock("loading"):
         device = pick_device(config.trainer.accelerator)
-        encoders = None if missing else config.encoders.load(device)
+        encoders, missing = config.encoders.load_or_reason(device)
+        if missing:
+            print(f"warning: this run draws pictures but has no scores: {missing}")
         base = config.base.load().to(device)
+    scheduler(base, config.sampling.sampler)  # refuses a sampler that cannot use what the base predicts
+    base.tokenize(all_prompts(config))  # one that is too long is refused now, not when it is first drawn
     with run.clock("class images"):
         bank = own_bank or (draw_with_progress(config, base, base_digest) if wants_class_images(config) else None)
     print(describe_batch(config, len(photos.images), len(bank.images) if bank else 0))
@@ -81,22 +92,8 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     if state is not None:
         print(f"continuing from {state}")
     selection = SelectionScores(run, config, read_photos(run), encoders, metrics)
-    trainer = pl.Trainer(
-        max_steps=config.trainer.max_steps,
-        max_epochs=-1,
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        precision=config.trainer.precision,
-        accumulate_grad_batches=config.trainer.accumulate_grad_batches,
-        gradient_clip_val=config.trainer.gradient_clip_val,
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        logger=[CsvLogger(metrics), *wandb_logger(config, run)],
-        callbacks=[StopAtNonFinite(), ProgressLine(config.trainer.progress_bar), selection, ContinueState(run, config.trainer.checkpoint_every)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    callbacks = [StopAtNonFinite(), ProgressLine(config.trainer.progress_bar), selection, ContinueState(run, config.trainer.checkpoint_every)]
+    trainer = make_trainer(config, [CsvLogger(metrics), *mirror], callbacks)
     with run.clock("training"):
         trainer.fit(module, data, ckpt_path=state, weights_only=True)
 
@@ -106,6 +103,37 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     mirror_scores(trainer, run, scores)
     run.finish("done", best_step=choice.step, best_step_reason=choice.reason, steps=trainer.global_step)
     print(summarize(run, scores, choice.reason))
+
+
+def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any]) -> "pl.Trainer":
+    """Returns Lightning's trainer: steps are the only clock, and what it would write or print by itself is ours."""
+    import pytorch_lightning as pl
+
+    return pl.Trainer(
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        precision=config.trainer.precision,
+        accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def all_prompts(config: Config) -> list[str]:
+    """Returns every prompt that the run will give to the model."""
+    from dreambooth.evaluation import final_plan, selection_plan
+
+    drawn = {item.prompt for item in selection_plan(config) + final_plan(config)}
+    captions = [config.subject.class_in_prompt(template) for template in config.prior.prompts] if wants_class_images(config) else []
+    return sorted(drawn) + [config.subject.in_prompt(config.subject.prompt), *captions]
 
 
 def save_photos(run: RunFolder, config: Config, photos: SubjectPhotos) -> None:
@@ -128,30 +156,35 @@ def draw_with_progress(config: Config, base: BaseModel, base_digest: str) -> Cla
         return draw_bank(config, base, base_digest, show)
 
 
-def wandb_logger(config: Config, run: RunFolder) -> list[Logger]:
+def wandb_logger(config: Config, run: RunFolder) -> list[Any]:
     """Returns the W&B mirror of a run: one run of its own in the experiment's group, offline unless the config says online."""
     if config.wandb.mode == "disabled":
         return []
     import wandb
     from pytorch_lightning.loggers import WandbLogger
 
-    experiment = wandb.init(
-        name=run.path.name,
-        id=f"{config.group}-{run.path.name}",
-        group=config.group,
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        tags=config.wandb.tags,
-        config=to_plain(config),
-        mode=config.wandb.mode,
-        dir=str(run.path),
-        resume="allow",
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-    )
+    try:
+        experiment = wandb.init(
+            name=run.path.name,
+            id=f"{config.group}-{run.path.name}",
+            group=config.group,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            tags=config.wandb.tags,
+            config=to_plain(config),
+            mode=config.wandb.mode,
+            dir=str(run.path),
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            "wandb.mode", "must be offline unless you are logged in", config.wandb.mode, f"run wandb login, or leave it offline ({error})"
+        ) from error
     return [WandbLogger(experiment=experiment)]
 
 
-def mirror_scores(trainer: pl.Trainer, run: RunFolder, scores: dict) -> None:
+def mirror_scores(trainer: "pl.Trainer", run: RunFolder, scores: dict) -> None:
     """Sends the final score table and the grid to W&B."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):

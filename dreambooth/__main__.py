@@ -30,9 +30,7 @@ def export(arguments: argparse.Namespace) -> None:
         if difference != 0.0:
             raise UserError(str(output), "must read back as it was written", f"a difference of {difference:g}", "do not use the file; report this")
         if trained.base.latent_channels != 4:
-            print(
-                f"note: its autoencoder has {trained.base.latent_channels} channels; tools made for Stable Diffusion cannot use it, a diffusers folder is better"
-            )
+            print(f"note: its autoencoder has {trained.base.latent_channels} channels; Stable Diffusion tools need a diffusers folder")
     elif output.suffix:
         raise UserError(
             "output", "must be a folder or a .safetensors file", str(output), "name it model.safetensors, or model/ for a diffusers folder"

@@ -17,8 +17,8 @@ from dreambooth.encoders import LoadedEncoders
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Item, draw, save_images, score, selection_plan
 from dreambooth.final_scores import write_grid
+from dreambooth.grids import image_grid
 from dreambooth.module import DreamBoothModule
-from dreambooth.photos import image_grid
 from dreambooth.runs import MetricsFile, RunFolder, save_weights
 from dreambooth.statistics import Choice, StepScores, choose_step
 

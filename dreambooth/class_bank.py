@@ -70,7 +70,8 @@ def read_user_bank(config: Config) -> ClassBank:
     """
     found = read_photo_folder(config.prior.class_dir, config.data.resolution, config.data.on_bad_photo, "prior.class_dir")
     caption = config.subject.class_in_prompt(config.prior.prompts[0])
-    return ClassBank([p.image for p in found.photos], [caption] * len(found.photos), found.digest, found.warnings)
+    images = [photo.image for photo in sorted(found.photos, key=lambda photo: photo.sha256)]  # by content: renaming a file changes no result
+    return ClassBank(images, [caption] * len(images), found.digest, found.warnings)
 
 
 def draw_bank(config: Config, base: BaseModel, base_digest: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> ClassBank:
@@ -89,7 +90,7 @@ def draw_bank(config: Config, base: BaseModel, base_digest: str, on_progress: Ca
     folder = Path(config.output_dir) / "class_banks" / f"{config.subject.class_noun.replace(' ', '_')}-{digest[:12]}"
     recipe = manifest(config, base_digest)
     if (folder / "manifest.json").is_file():
-        if json.loads((folder / "manifest.json").read_text(encoding="utf-8")) != recipe:
+        if _read(folder / "manifest.json") != json.loads(json.dumps(recipe)):
             raise UserError(str(folder), "holds class images of another recipe", None, "delete the folder; it will be drawn anew")
     else:
         write_json(folder / "manifest.json", recipe)
@@ -107,6 +108,13 @@ def draw_bank(config: Config, base: BaseModel, base_digest: str, on_progress: Ca
 def wants_class_images(config: Config) -> bool:
     """Tells whether this run preserves the prior by class images."""
     return isinstance(config.prior, ClassImages)
+
+
+def _read(manifest_path: Path) -> Any:
+    try:
+        return json.loads(manifest_path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON: the recipe of nothing
+        return None
 
 
 def _is_whole(path: Path) -> bool:

@@ -114,7 +114,7 @@ def _explain_config(error: Exception) -> str:
         return f"{wrong[3]} must be {_kind(wrong[2])}, got {wrong[1]!r}; write it like {wrong[3]}={_example(wrong[2])}"
     if choice := re.search(r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '\w+':\s*([\s\S]*?)(?:\nConfig search path|\Z)", text):
         return f"{choice[1]} must be one of {', '.join(choice[3].split())}, got {choice[2]!r}; choose one of them"
-    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+    if missing := re.search(r"(?i)missing mandatory value: (\S+)", text):
         return f"{missing[1]} must be set; write {missing[1]}=..."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the command line must fit the config: {' '.join(dict.fromkeys(lines))[:400]}; see the settings: python train.py --cfg job"

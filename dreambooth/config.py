@@ -18,6 +18,7 @@ from dreambooth.encoders import ClipDino, Encoders, LabEncoders
 from dreambooth.errors import ConfigError
 from dreambooth.objective import FollowBase, Objective
 from dreambooth.optimization import AdamW, Optimizer
+from dreambooth.samplers import SAMPLERS
 
 
 def _require(holds: bool, where: str, rule: str, got: object, next_step: str) -> None:
@@ -135,6 +136,7 @@ class Training:
     def __post_init__(self) -> None:
         for key in ("max_steps", "eval_every", "checkpoint_every", "accumulate_grad_batches", "gradient_clip_val", "devices", "log_every_n_steps"):
             _positive(f"trainer.{key}", getattr(self, key))
+        _require(self.devices == 1, "trainer.devices", "must be 1 in this version", self.devices, "start one job a device instead")
         known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
         _require(self.precision in known, "trainer.precision", f"must be one of {', '.join(known)}", self.precision, "32-true is the safe one")
 
@@ -149,6 +151,7 @@ class Sampling:
     batch_size: int | None = None  # images at once; null: the base's recipe
 
     def __post_init__(self) -> None:
+        _require(self.sampler in (None, *SAMPLERS), "sampling.sampler", f"must be one of {', '.join(SAMPLERS)}", self.sampler, "choose one of them")
         for key in ("steps", "batch_size", "guidance_scale"):
             _positive(f"sampling.{key}", getattr(self, key))
 
@@ -259,10 +262,12 @@ def from_plain(plain: dict[str, Any], source: str = "run.json") -> Config:
         ConfigError: for an unknown field, choice or type. Nothing in the dict can name a Python object.
     """
     node = OmegaConf.structured(Config)
+    _require("${" not in json.dumps(plain), source, "must hold plain values", "an interpolation ${...}", "use the file as a run wrote it")
     try:
         for group, kinds in CHOICES.items():
             named = {choice_name(kind): kind for kind in kinds}
-            name = plain.get(group, {}).get("name")
+            settings = plain.get(group)
+            name = settings.get("name") if isinstance(settings, dict) else settings
             _require(name in named, f"{source}: {group}.name", f"must be one of {', '.join(named)}", name, "use the version that wrote it")
             node[group] = OmegaConf.structured(named[name])
         return OmegaConf.to_object(OmegaConf.merge(node, plain))
@@ -289,6 +294,7 @@ def fingerprint(plain: dict[str, Any], **digests: str) -> str:
     if digests:  # contents stand for the places where they lie
         science["base"].pop("path", None)
         science["data"].pop("subject_dir", None)
+        science["prior"].pop("class_dir", None)
     text = json.dumps([science, sorted(digests.items())], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

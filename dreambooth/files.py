@@ -1,6 +1,7 @@
 """Writing files so that nothing is lost: to a temporary name beside the target, flushed, then renamed over it."""
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -41,8 +42,8 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes indented JSON whole or not at all; NaN becomes null, as JSON knows no NaN."""
-    return write_text(path, json.dumps(_without_nan(value), indent=2, ensure_ascii=False) + "\n")
+    """Writes indented JSON whole or not at all; NaN and infinity become null, as JSON knows neither."""
+    return write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
@@ -74,9 +75,9 @@ def require_free(folder: Path, needed_bytes: int, where: str) -> None:
         )
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,8 +18,8 @@ from dreambooth.encoders import LoadedEncoders
 from dreambooth.evaluation import Item, Scores, draw, final_plan, save_images, score
 from dreambooth.files import write_json, write_with
 from dreambooth.generation import pick_device
+from dreambooth.grids import image_grid
 from dreambooth.metrics import real_photo_oracle
-from dreambooth.photos import image_grid
 from dreambooth.runs import RunFolder, load, load_weights
 from dreambooth.statistics import Interval, paired_difference
 
@@ -49,9 +49,8 @@ def evaluate_run(
     Raises:
         UserError: the folder lacks what is asked for.
     """
-    missing = config.encoders.missing()
     device = pick_device(config.trainer.accelerator)
-    encoders = None if missing else config.encoders.load(device)
+    encoders, missing = config.encoders.load_or_reason(device)
     photos, items = read_photos(run), final_plan(config)
     subject = encoders.identity(photos) if encoders else None
     trained, steps, images, scores = load(run.path, "base"), {}, {}, {}

@@ -13,33 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth import randomness
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Sampling
-from dreambooth.errors import ConfigError
 from dreambooth.files import write_with
-
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # name on the command line -> diffusers class, and what differs from the base's scheduler
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-
-
-def scheduler(base: BaseModel, sampler: str) -> Any:
-    """Returns the diffusers scheduler of a sampler, with the base's noise schedule and prediction type.
-
-    Raises:
-        ConfigError: for an unknown sampler.
-    """
-    import diffusers
-
-    if sampler not in SAMPLERS:
-        raise ConfigError("sampling.sampler", f"must be one of {', '.join(SAMPLERS)}", sampler, "choose one of them")
-    kind, settings = SAMPLERS[sampler]
-    return base.new_scheduler(getattr(diffusers, kind), **settings)
+from dreambooth.samplers import scheduler
 
 
 def pick_device(accelerator: str) -> str:

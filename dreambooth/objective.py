@@ -32,7 +32,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.weighting is not None and self.weighting not in WEIGHTINGS:
             raise ConfigError("objective.weighting", f"must be one of {', '.join(WEIGHTINGS)}", self.weighting, "choose one of them")
-        if self.snr_gamma <= 0:
+        if not self.snr_gamma > 0:  # NaN too
             raise ConfigError("objective.snr_gamma", "must be above 0", self.snr_gamma, "5.0 is the paper's")
 
     def corrupt(self, latents: Tensor, keys: Tensor, base: BaseModel) -> Corrupted:

@@ -63,7 +63,7 @@ class AdamW(Optimizer):
         super(AdamW, self).__post_init__()
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError("optim.betas", "must be two numbers in [0, 1)", list(self.betas), "[0.9,0.999] is usual")
-        if self.weight_decay < 0 or self.eps <= 0:
+        if not (self.weight_decay >= 0 and self.eps > 0):  # NaN too
             raise ConfigError("optim", "must have weight_decay >= 0 and eps > 0", f"weight_decay={self.weight_decay} eps={self.eps}", "set both")
 
     def build(self, groups: list[ParamGroup]) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """Recipes: what `null` in the config means for each family of base models, and the step that fills it in."""
 
+import copy
 from typing import Any
 
 from dreambooth.config import BaseEncoders, Config
@@ -103,7 +104,7 @@ def resolve(config: Config) -> Config:
         section, key = dotted.split(".")
         node = getattr(config, section)
         if getattr(node, key, ...) is None:
-            setattr(node, key, value)
+            setattr(node, key, copy.deepcopy(value))  # or a job of a sweep that changes a list would change the recipe of the next
     if config.data.resolution is None:
         config.data.resolution = config.base.native_resolution()
     if config.trainer.checkpoint_every is None:

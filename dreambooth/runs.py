@@ -92,7 +92,7 @@ def open_run(config: Config, **digests: str) -> RunFolder:
     plain = to_plain(config)
     name = f"{config.method.name}-{config.subject.class_noun.replace(' ', '_')}-{fingerprint(plain, **digests)}"
     path = Path(config.output_dir) / config.group / name
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(not (entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in path.iterdir()):
         run = read_run(path)
         if run.record["fingerprint"] != name[-8:] or fingerprint(run.record["config"], **run.record["digests"]) != name[-8:]:
             raise UserError(str(path), "holds a run with another config", None, "move it away or change output_dir")
@@ -127,13 +127,16 @@ def read_run(path: str | Path) -> RunFolder:
     """
     path = Path(path)
     try:
-        return RunFolder(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             str(path), "must be a run folder (with a run.json)", None, "give a folder that train.py made, as runs/default/full-robot-1a2b3c4d"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(str(path / "run.json"), f"must be JSON: {error}", None, "restore it, or move the folder away and train again") from None
+    if not isinstance(record, dict) or not {"status", "config", "digests", "fingerprint"} <= record.keys():
+        raise UserError(str(path / "run.json"), "must be the record of a run", None, "restore it, or move the folder away and train again")
+    return RunFolder(path, record)
 
 
 def save_weights(run: RunFolder, name: str, base: BaseModel, step: int) -> Path:
@@ -187,6 +190,8 @@ def load_weights(run: RunFolder, name: str, base: BaseModel) -> int:
             step = int(json.loads(opened.metadata()["dreambooth"])["step"])
     except SafetensorError as error:
         raise UserError(str(path), f"must be a whole safetensors file: {error}", None, "train again, or take the other weights") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(str(path), "must be weights that a run wrote", None, "train again, or take the other weights") from None
     load_trainable_state(base, state, str(path))
     return step
 
@@ -205,8 +210,8 @@ class MetricsFile:
         """Returns the rows as text by column; a row that was cut off by a crash is left out."""
         if not self.path.is_file():
             return []
-        with self.path.open(newline="", encoding="utf-8") as handle:
-            return [row for row in csv.DictReader(handle) if None not in row.values() and None not in row]
+        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+        return [row for row in csv.DictReader(io.StringIO(whole + "\n", newline="")) if None not in row.values() and None not in row]
 
     def append(self, step: int, values: dict[str, float]) -> None:
         """Adds one row at once; a new column rewrites the file."""
@@ -214,8 +219,8 @@ class MetricsFile:
         if new:
             self.columns += new
             self._rewrite(self.read())
-        elif not self.path.is_file():
-            self._rewrite([])
+        elif not self.path.is_file() or not self.path.read_bytes().endswith(b"\n"):
+            self._rewrite(self.read())  # a new file, or one whose last line a crash cut off
         with self.path.open("a", newline="", encoding="utf-8") as handle:
             csv.DictWriter(handle, self.columns).writerow({"step": step} | values)
 

@@ -30,7 +30,8 @@ def read_subject_photos(config: Config) -> SubjectPhotos:
     if config.data.subject_dir is None:
         return _lab_photos(config.subject.class_noun, config.subject.lab_seed)
     found = read_photo_folder(config.data.subject_dir, config.data.resolution, config.data.on_bad_photo)
-    return SubjectPhotos([p.image for p in found.photos], [p.name for p in found.photos], found.digest, found.warnings, str(found.folder))
+    photos = sorted(found.photos, key=lambda photo: photo.sha256)  # by content: renaming a file changes no result
+    return SubjectPhotos([p.image for p in photos], [p.name for p in photos], found.digest, found.warnings, str(found.folder))
 
 
 def _lab_photos(class_noun: str, seed: int) -> SubjectPhotos:

@@ -4,6 +4,14 @@ from typing import Any
 
 from dreambooth.runs import RunFolder
 
+MEASURES = (  # key of the scores, its name in the summary, whether up is good, words for a change to the better and to the worse
+    ("identity_fidelity", "identity fidelity", True, "the subject was learned", "further from the subject than the un-tuned base"),
+    ("prompt_alignment", "prompt alignment", True, "prompts are followed better", "prompts are followed less"),
+    ("drift", "drift of the class", False, "the class moved away from the subject", "the class moved towards the subject"),
+    ("diversity", "diversity of the subject", True, "", ""),
+    ("class_diversity", "diversity of the class", True, "", ""),
+)
+
 
 def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
     """Returns the summary of a finished run.
@@ -13,64 +21,62 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
         scores: what scores.json holds.
         reason: why the best step was chosen, from the declared rule.
     """
-    rows = {row["arm"]: row for row in scores["rows"]}
-    lines = [
-        f"\n{run.config.subject.identifier} {run.config.subject.class_noun}: {rows['best']['step']} of {run.config.trainer.max_steps} steps are the best"
-    ]
+    config, rows = run.config, {row["arm"]: row for row in scores["rows"]}
+    lines = ["", f"{config.subject.in_prompt('{subject}')}: step {rows['best']['step']} of {config.trainer.max_steps} is the best", f"  {reason}"]
     if scores["missing"]:
-        lines += [f"  no scores: {scores['missing']}", "  the last step was kept as the best; look at the pictures"]
+        lines += ["what was learned and lost is not measured", f"  {scores['missing']}"]
     else:
-        lines += [f"  learned   {line}" for line in _learned(rows, scores)]
-        lines += [f"  lost      {line}" for line in _lost(rows, scores)]
-        lines += [f"  best step {reason}", f"  note      {scores['unit']}"]
-    lines += [
-        f"  pictures  {run.path / 'samples' / 'final_grid.png'}",
-        f"  run       {run.path}",
-        f"  time      {_time(run.record['seconds'])}",
-        "next:",
-        f'  python generate.py run={run.path} "prompt=a photo of a {{subject}} on the beach"     draw with it',
-        f"  python evaluate.py run={run.path}     score it again, or on prompts of your own",
-        f"  python -m dreambooth export {run.path} {'model/' if run.config.base.is_lab() else 'model.safetensors'}     the tuned model for other image tools",
-    ]
-    return "\n".join(lines)
+        lines += ["what was learned (on prompts that chose nothing; step 0 is the un-tuned base)", *_measured(MEASURES[:1], rows, scores)]
+        lines += ["what was lost", *_measured(MEASURES[1:], rows, scores), f"  {scores['unit']}"]
+    model = "model/" if config.base.is_lab() else "model.safetensors"
+    return "\n".join(
+        [
+            *lines,
+            "where it is",
+            f"  look at  {run.path / 'samples' / 'final_grid.png'}",
+            f"  time     {_time(run.record['seconds'])}",
+            "what to type next",
+            f"  python generate.py run={run.path} 'prompt={config.subject.in_prompt('a photo of a {subject} on the beach')}'",
+            f"  python evaluate.py run={run.path}",
+            f"  python -m dreambooth export {run.path} {model}",
+        ]
+    )
+
+
+def _measured(measures: tuple[tuple[str, str, bool, str, str], ...], rows: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+    """Returns a line a measure: before and after, the difference with its interval in words, the mark to read it against."""
+    base, best, references = rows["base"], rows["best"], scores["references"]
+    mark_name = "true renders" if "ground_truth" in references else "real photos"
+    marks = references.get("ground_truth", references["real_photos"])
+    lines = []
+    for key, name, up_is_good, better, worse in measures:
+        if not _is_number(best.get(key)) or not _is_number(base.get(key)):
+            continue
+        line = f"  {name:25}{base[key]:6.2f} -> {best[key]:5.2f}"
+        line += f"   ({mark_name} {marks[key]:.2f})" if _is_number(marks.get(key)) else ""
+        difference = scores["differences"].get("best - base", {}).get(key)
+        lines.append(line + (f"   {_in_words(difference, up_is_good, better, worse)}" if difference else ""))
+    return lines
+
+
+def _in_words(difference: dict[str, Any], up_is_good: bool, better: str, worse: str) -> str:
+    mean, low, high = difference["mean"], difference["low"], difference["high"]
+    if low is None:
+        return f"{mean:+.2f}, too few {difference['unit']}s for an interval"
+    interval = f"{mean:+.2f}, 95% interval {low:+.2f} to {high:+.2f} over {difference['n']} {difference['unit']}s"
+    if low <= 0 <= high:
+        return f"{interval}: no change can be shown"
+    return f"{interval}: {better if (mean > 0) == up_is_good else worse}"
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and value == value
 
 
 def _time(seconds: dict[str, float]) -> str:
     total = sum(seconds.values())
     parts = ", ".join(f"{part} {value:.0f} s" for part, value in seconds.items() if value >= 0.5)
     return f"{total // 60:.0f} min {total % 60:.0f} s: {parts}"
-
-
-def _learned(rows: dict[str, Any], scores: dict[str, Any]) -> list[str]:
-    base, best = rows["base"]["identity_fidelity"], rows["best"]["identity_fidelity"]
-    gain = _gain(scores, "identity_fidelity")
-    line = f"identity fidelity {best:.2f} on new prompts, from {base:.2f} for the un-tuned base{gain}"
-    references = scores["references"]
-    mark = references.get("ground_truth", references["real_photos"])["identity_fidelity"]
-    kind = "the subject truly rendered for these prompts" if "ground_truth" in references else "real photos with each other"
-    share = f", {100 * (best - base) / (mark - base):.0f}% of the way" if mark > base else ""
-    return [line, f"  ({kind}: {mark:.2f}{share})"]
-
-
-def _lost(rows: dict[str, Any], scores: dict[str, Any]) -> list[str]:
-    base, best = rows["base"], rows["best"]
-    words = {
-        "prompt_alignment": "prompt alignment",
-        "drift": "drift of the class towards the subject",
-        "diversity": "diversity of the subject's pictures",
-        "class_diversity": "diversity of the class",
-    }
-    return [f"{name} {best[key]:.2f}, from {base[key]:.2f}{_gain(scores, key)}" for key, name in words.items()]
-
-
-def _gain(scores: dict[str, Any], key: str) -> str:
-    """Returns the paired difference of the best arm to the base with its interval, or nothing where there is none."""
-    found = scores["differences"].get("best - base", {}).get(key)
-    if not found:
-        return ""
-    if found["low"] is None:
-        return f" (difference {found['mean']:+.2f}; too few {found['unit']}s for an interval)"
-    return f" (difference {found['mean']:+.2f}, 95% interval {found['low']:+.2f} to {found['high']:+.2f} over {found['n']} {found['unit']}s)"
 
 
 def score_table(scores: dict[str, Any]) -> str:
@@ -87,7 +93,7 @@ def score_table(scores: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
-    if row.get(key) is None:
+    if not _is_number(row.get(key)):
         return "-"
     interval = row.get(f"{key}_interval")
     return f"{row[key]:.3f}" + (f" ({interval['low']:.3f} to {interval['high']:.3f})" if interval and interval["low"] is not None else "")

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import train as script
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
+import train as script
 from dreambooth.config import Config
 from dreambooth.runs import RunFolder
 

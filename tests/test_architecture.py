@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {  # each may import itself and what stands above it here
-    "pure": "diffusion photos metrics statistics errors randomness",
-    "parts": "base lab adapters objective optimization encoders photo_folder files",
+    "pure": "diffusion photos grids metrics statistics errors randomness",
+    "parts": "base lab adapters objective optimization encoders clip_dino samplers photo_folder files",
     "page": "config recipes",
     "after": "runs class_bank subject_photos generation evaluation final_scores interop",
     "train": "data module callbacks",

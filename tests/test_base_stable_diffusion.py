@@ -124,9 +124,7 @@ def test_digest_trusts_the_names_of_the_hub_cache(folder: Path, tmp_path: Path) 
 )
 def test_check_names_a_missing_part(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    assert refusal(path=str(folder)) == (
-        f"base.path must hold every part of the model, but {folder} lacks {name}; copy or download the model again"
-    )
+    assert refusal(path=str(folder)) == (f"base.path must hold every part of the model, but {folder} lacks {name}; copy or download the model again")
 
 
 def test_check_asks_for_the_files_of_the_variant(folder: Path) -> None:

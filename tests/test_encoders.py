@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from dreambooth.encoders import ClipDino, LabEncoders, LoadedEncoders, LoadedLab, clip_preprocessing, dino_preprocessing
+from dreambooth.clip_dino import clip_preprocessing, dino_preprocessing
+from dreambooth.encoders import ClipDino, LabEncoders, LoadedEncoders, LoadedLab
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.lab.paths import SCORERS_FOLDER
 from dreambooth.lab.scorers import LabScorers

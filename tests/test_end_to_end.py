@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import evaluate as evaluate_script
-import generate as generate_script
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +12,8 @@ from safetensors.torch import load_file
 from small_runs import composed, make_photos, run, typed, weights
 from wandb_records import read_offline_run
 
+import evaluate as evaluate_script
+import generate as generate_script
 from dreambooth import cli
 from dreambooth.__main__ import main as command
 from dreambooth.config import EvaluateConfig, GenerateConfig, Sampling, to_plain
@@ -168,7 +168,14 @@ def test_real_photos_on_a_diffusers_folder_run_to_the_end(tiny_folder, tmp_path:
 
 def test_multirun_trains_every_job_skips_what_is_done_and_outlives_a_failure(tiny_folder, tmp_path: Path) -> None:
     words = ["-m", f"base.path={tiny_folder()}", f"data.subject_dir={make_photos(tmp_path / 'photos')}", "subject.class_noun=dog"]
-    words += [f"output_dir={tmp_path / 'runs'}", "prior=none", "sampling.steps=1", "evaluation.class_images=1", "evaluation.final_images=1", "wandb.mode=disabled"]
+    words += [
+        f"output_dir={tmp_path / 'runs'}",
+        "prior=none",
+        "sampling.steps=1",
+        "evaluation.class_images=1",
+        "evaluation.final_images=1",
+        "wandb.mode=disabled",
+    ]
     first = typed(*words, "optim.learning_rate=1e-4,-1,2e-4", "trainer.max_steps=1")
     assert first.returncode == 2 and "optim.learning_rate must be 0 or more" in first.stderr
     assert len(list((tmp_path / "runs" / "default").iterdir())) == 2
@@ -186,7 +193,9 @@ def test_full_disk_is_one_sentence_before_training(monkeypatch: pytest.MonkeyPat
         run(*LAB, "wandb.mode=disabled", "prior=none", f"output_dir={tmp_path}")
 
 
-def test_disk_that_fills_up_in_the_middle_is_one_sentence_and_the_run_goes_on_later(tiny_folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_disk_that_fills_up_in_the_middle_is_one_sentence_and_the_run_goes_on_later(
+    tiny_folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     words = [f"base.path={tiny_folder()}", f"data.subject_dir={make_photos(tmp_path / 'photos')}", "subject.class_noun=dog", "prior=none"]
     words += [f"output_dir={tmp_path / 'runs'}", "trainer.max_steps=2", "trainer.eval_every=1"]
 

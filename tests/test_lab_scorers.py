@@ -87,9 +87,7 @@ def test_text_tells_a_hat_from_none(scorers: LabScorers) -> None:
     """The body's colour it does not tell: 0.23 among ten (`weights/README.md`)."""
     wearers = [identity(noun, 70_000 + index, hat=index % 2 == 0) for noun in SCORED for index in range(4)]
     images = scorers.image(to_float(render(wearers, ["on the grass"] * 16, range(16))))
-    bare, hatted = (
-        scorers.text([f"a photo of a {wearer.class_noun}{hat} on the grass" for wearer in wearers]) for hat in ("", " wearing a hat")
-    )
+    bare, hatted = (scorers.text([f"a photo of a {wearer.class_noun}{hat} on the grass" for wearer in wearers]) for hat in ("", " wearing a hat"))
     says_hat = (images * hatted).sum(1) > (images * bare).sum(1)
     assert (says_hat == torch.tensor([wearer.hat for wearer in wearers])).float().mean() > 0.8  # 0.99 on 240 pictures
 

@@ -59,7 +59,9 @@ class Cut(Exception):
 
 
 @pytest.mark.parametrize("cut_at", [1, 2, 3, 5, 7])
-def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path, monkeypatch, cut_at: int) -> None:
+def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(
+    straight, tiny_folder, photos, tmp_path, monkeypatch, cut_at: int
+) -> None:
     words = _words(tiny_folder(), photos, tmp_path)
     save = ContinueState.on_train_batch_end
 
@@ -100,7 +102,7 @@ def test_run_cut_in_its_final_scores_and_continued_equals_a_straight_one_bit_for
         raise Cut
 
     with monkeypatch.context() as patched, pytest.raises(Cut):
-        patched.setattr("train.evaluate_run", cut)
+        patched.setattr("dreambooth.final_scores.evaluate_run", cut)
         run(*words)
     continued = run(*words)
     assert continued.record["best_step"] == straight.record["best_step"]
