@@ -66,6 +66,7 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     from dreambooth.final_scores import evaluate_run, read_photos
     from dreambooth.module import DreamBoothModule
 
+    cli.quiet()  # once more: Lightning sets its loggers when it is imported
     print(f"run folder {run.path}")
     mirror = wandb_logger(config, run)
     save_photos(run, config, photos)

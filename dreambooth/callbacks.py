@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.loggers.logger import Logger
 from tqdm import tqdm
 
 from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.errors import UserError
-from dreambooth.evaluation import Item, draw, save_images, score, selection_plan
+from dreambooth.evaluation import Item, draw, image_names, save_images, score, selection_plan
 from dreambooth.final_scores import write_grid
 from dreambooth.grids import image_grid
 from dreambooth.module import DreamBoothModule
@@ -96,6 +97,7 @@ class SelectionScores(pl.Callback):
                 if hasattr(logger, "log_image"):
                     logger.log_image("samples/selection", [step_grid(self.plan, images)], step=step)
             write_grid(self.run.path / "samples" / f"step-{step:06d}.png", step_grid(self.plan, images))
+            write_grid(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
             if self.choice().step == step:
                 save_weights(self.run, "best", module.base, step)
             if step == self.config.trainer.max_steps:
@@ -174,10 +176,26 @@ class ProgressLine(pl.Callback):
             self.bar.close()
 
 
-def step_grid(items: list[Item], images: np.ndarray) -> Any:
-    """Returns the pictures of one evaluation: a row a prompt."""
+def step_grid(items: list[Item], images: np.ndarray) -> Image.Image:
+    """Returns the pictures of one evaluation: a row a prompt, the many class images folded into rows of the same width."""
     prompts = list(dict.fromkeys(item.prompt for item in items))
-    return image_grid([[image for item, image in zip(items, images, strict=True) if item.prompt == prompt] for prompt in prompts], prompts)
+    width = max(2, sum(item.prompt == prompts[0] for item in items))
+    rows, labels = [], []
+    for prompt in prompts:
+        own = [image for item, image in zip(items, images, strict=True) if item.prompt == prompt]
+        for start in range(0, len(own), width):
+            rows.append(own[start : start + width])
+            labels.append("" if start else prompt)
+    return image_grid(rows, labels)
+
+
+def trajectory_grid(run: RunFolder, photos: np.ndarray, items: list[Item]) -> Image.Image:
+    """Returns the course of a run: the photos on top, then a row a step; same column, same prompt and noise (the first image of each prompt)."""
+    first = {name: item for item, name in zip(items, image_names(items), strict=True) if item.key[-1] == 0}
+    folders = sorted(folder for folder in (run.path / "samples").glob("step-*") if folder.is_dir())
+    rows = [[np.asarray(Image.open(folder / name)) for name in first] for folder in folders]
+    labels = ["photos", *(f"step {int(folder.name.removeprefix('step-'))}" for folder in folders)]
+    return image_grid([list(photos[: len(first)]), *rows], labels, [item.prompt for item in first.values()])
 
 
 def last_state(run: RunFolder, metrics: MetricsFile) -> Path | None:

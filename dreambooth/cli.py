@@ -80,9 +80,9 @@ def _typed(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a key that was forced in with +
-        raise ConfigError(
-            str(error).rpartition("attribute ")[2].strip("'"), "must be a setting that exists", None, "see them all: python train.py --cfg job"
-        ) from error
+        kind, key = re.findall(r"'(\w+)'", str(error))[:2]
+        section = next((f"{name}." for name in cfg if OmegaConf.is_config(cfg[name]) and OmegaConf.get_type(cfg, name).__name__ == kind), "")
+        raise ConfigError(section + key, "must be a setting that exists", None, "see them all: python train.py --cfg job") from error
 
 
 def explain(error: BaseException) -> str | None:
@@ -116,6 +116,19 @@ def _explain_config(error: Exception) -> str:
         return f"{choice[1]} must be one of {', '.join(choice[3].split())}, got {choice[2]!r}; choose one of them"
     if missing := re.search(r"(?i)missing mandatory value: (\S+)", text):
         return f"{missing[1]} must be set; write {missing[1]}=..."
+    if odd := re.search(r"Value '([^']*)' is not a valid bool[\s\S]*?full_key: (\S+)", text):
+        return f"{odd[2]} must be true or false, got {odd[1]!r}; write it like {odd[2]}=true"
+    if none := re.search(r"field '[^']*' is not Optional[\s\S]*?full_key: (\S+)", text):
+        return f"{none[1]} must have a value, got null; leave it out for the default"
+    if one := re.search(r"is not a ListConfig, list or tuple[\s\S]*?full_key: (\S+)", text):
+        return f'{one[1]} must be a list; write it like \'{one[1]}=["first","second"]\''
+    if several := re.search(r"Ambiguous value for argument '([^=']+)=", text):
+        return f"{several[1]} must be quoted when it holds a comma; write it like '{several[1]}=\"one, two\"', or add -m to sweep over the values"
+    if "missing EQUAL at '<EOF>'" in text:
+        return "the command line must be words of the form setting=value; see the settings: python train.py --cfg job"
+    if "override_grammar" in text:
+        example = "'prompt=\"a {subject} in the snow\"'"
+        return f"text with braces, brackets, quotes or = must be quoted twice, for the shell and for Hydra; write it like {example}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the command line must fit the config: {' '.join(dict.fromkeys(lines))[:400]}; see the settings: python train.py --cfg job"
 
@@ -127,7 +140,7 @@ def _near(key: str, section: str) -> str | None:
     }
     known = list(getattr(kinds.get(section), "__dataclass_fields__", ()))
     initials = [name for name in known if "".join(word[0] for word in name.split("_")) == key]
-    return next(iter(initials + difflib.get_close_matches(key, known, 1, 0.5)), None)
+    return next(iter(initials + difflib.get_close_matches(key, known, 1, 0.65)), None)
 
 
 def _kind(omegaconf_type: str) -> str:

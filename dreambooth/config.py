@@ -6,6 +6,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from dreambooth.objective import FollowBase, Objective
 from dreambooth.optimization import AdamW, Optimizer
 from dreambooth.samplers import SAMPLERS
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+
 
 def _require(holds: bool, where: str, rule: str, got: object, next_step: str) -> None:
     if not holds:
@@ -27,7 +30,9 @@ def _require(holds: bool, where: str, rule: str, got: object, next_step: str) ->
 
 
 def _positive(where: str, value: int | float | None) -> None:
-    _require(value is None or value > 0, where, "must be above 0", value, "set a positive number, or null for the base's recipe")
+    next_step = "set a positive number, or null for the base's recipe"
+    _require(value is None or value > 0, where, "must be above 0", value, next_step)
+    _require(value is None or math.isfinite(value), where, "must be finite", value, next_step)
 
 
 def _templates(where: str, templates: list[str] | None) -> None:
@@ -137,6 +142,13 @@ class Training:
         for key in ("max_steps", "eval_every", "checkpoint_every", "accumulate_grad_batches", "gradient_clip_val", "devices", "log_every_n_steps"):
             _positive(f"trainer.{key}", getattr(self, key))
         _require(self.devices == 1, "trainer.devices", "must be 1 in this version", self.devices, "start one job a device instead")
+        _require(
+            self.accelerator in ACCELERATORS,
+            "trainer.accelerator",
+            f"must be one of {', '.join(ACCELERATORS)}",
+            self.accelerator,
+            "choose one of them",
+        )
         known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
         _require(self.precision in known, "trainer.precision", f"must be one of {', '.join(known)}", self.precision, "32-true is the safe one")
 
@@ -183,6 +195,10 @@ class Evaluation:
         _templates("evaluation.class_prompt", [self.class_prompt] if self.class_prompt is not None else None)
         for key in ("selection_images", "final_images", "class_images"):
             _positive(f"evaluation.{key}", getattr(self, key))
+        _require(
+            0 <= self.min_alignment_ratio <= 1, "evaluation.min_alignment_ratio", "must be in [0, 1]", self.min_alignment_ratio, "0.95 is the default"
+        )
+        _require(self.max_drift_gain >= 0, "evaluation.max_drift_gain", "must be 0 or more", self.max_drift_gain, "0.15 is the default")
         _require(self.seed >= 0, "evaluation.seed", "must be 0 or more", self.seed, "any whole number will do")
 
 

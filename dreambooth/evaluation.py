@@ -56,15 +56,16 @@ def draw(base: BaseModel, items: Sequence[Item], config: Config, on_progress: Ca
     return generate(base, [i.prompt for i in items], [i.key for i in items], config.sampling, config.data.resolution, on_progress)
 
 
-def save_images(folder: Path, items: Sequence[Item], images: np.ndarray, recipe: dict[str, Any]) -> list[str]:
-    """Writes the images of a plan as `<kind>-<prompt>-<k>.png` and returns the names."""
-    names = []
-    for item, image in zip(items, images, strict=True):
-        slug = "".join(c if c.isalnum() else "-" for c in item.template.replace("{subject}", "").lower())
-        name = f"{item.kind}-{'-'.join(filter(None, slug.split('-')))[:60]}-{item.key[-1]:02d}.png"
+def image_names(items: Sequence[Item]) -> list[str]:
+    """Returns the file name of each image of a plan: `<kind>-<prompt>-<k>.png`."""
+    slugs = ["".join(c if c.isalnum() else "-" for c in item.template.replace("{subject}", "").lower()) for item in items]
+    return [f"{item.kind}-{'-'.join(filter(None, slug.split('-')))[:60]}-{item.key[-1]:02d}.png" for item, slug in zip(items, slugs, strict=True)]
+
+
+def save_images(folder: Path, items: Sequence[Item], images: np.ndarray, recipe: dict[str, Any]) -> None:
+    """Writes the images of a plan, each with the recipe, its prompt and its noise in the PNG."""
+    for name, item, image in zip(image_names(items), items, images, strict=True):
         save_png(folder / name, np.ascontiguousarray(image), recipe | {"prompt": item.prompt, "key": list(item.key)})
-        names.append(name)
-    return names
 
 
 class Scores(NamedTuple):

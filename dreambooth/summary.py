@@ -1,5 +1,7 @@
 """The end of a run in plain words: what was learned, what was lost, which step is the best, what to type next."""
 
+import re
+import shlex
 from typing import Any
 
 from dreambooth.runs import RunFolder
@@ -28,6 +30,7 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
     else:
         lines += ["what was learned (on prompts that chose nothing; step 0 is the un-tuned base)", *_measured(MEASURES[:1], rows, scores)]
         lines += ["what was lost", *_measured(MEASURES[1:], rows, scores), f"  {scores['unit']}"]
+    prompt = config.subject.in_prompt("a photo of a {subject} on the beach")
     model = "model/" if config.base.is_lab() else "model.safetensors"
     return "\n".join(
         [
@@ -36,9 +39,9 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
             f"  look at  {run.path / 'samples' / 'final_grid.png'}",
             f"  time     {_time(run.record['seconds'])}",
             "what to type next",
-            f"  python generate.py run={run.path} 'prompt={config.subject.in_prompt('a photo of a {subject} on the beach')}'",
-            f"  python evaluate.py run={run.path}",
-            f"  python -m dreambooth export {run.path} {model}",
+            f"  python generate.py {_argument('run', run.path)} {_argument('prompt', prompt)}",
+            f"  python evaluate.py {_argument('run', run.path)}",
+            f"  python -m dreambooth export {shlex.quote(str(run.path))} {model}",
         ]
     )
 
@@ -67,6 +70,12 @@ def _in_words(difference: dict[str, Any], up_is_good: bool, better: str, worse: 
     if low <= 0 <= high:
         return f"{interval}: no change can be shown"
     return f"{interval}: {better if (mean > 0) == up_is_good else worse}"
+
+
+def _argument(key: str, value: object) -> str:
+    """Returns `key=value` as the shell and Hydra both take it."""
+    plain = re.fullmatch(r"[\w ./:-]+", str(value)) is not None
+    return shlex.quote(f"{key}={value}" if plain else f'{key}="{value}"')
 
 
 def _is_number(value: float | None) -> bool:

@@ -109,3 +109,19 @@ def test_error_on_the_terminal_is_one_line_and_exit_status_2(tmp_path: Path) -> 
     result = typed("data.subject_dir=nowhere", "subject.class_noun=dog", f"output_dir={tmp_path}")
     assert result.returncode == 2
     assert result.stderr.strip().count("\n") == 0 and result.stderr.startswith("error: data.subject_dir must")
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("data.flip=maybe", "data.flip must be true or false, got 'maybe'; write it like data.flip=true"),
+        ("seed=null", "seed must have a value, got null; leave it out for the default"),
+        ("prior.prompts=hello", 'prior.prompts must be a list; write it like \'prior.prompts=["first","second"]\''),
+        ("subject.prompt=a, b", "subject.prompt must be quoted when it holds a comma"),
+        ("subject.prompt=a {subject}", "text with braces, brackets, quotes or = must be quoted twice"),
+        ("+trainer.foo=1", "trainer.foo must be a setting that exists"),
+        ("+foo=1", "foo must be a setting that exists"),
+    ],
+)
+def test_words_that_hydra_cannot_take_are_answered_in_ours(word: str, sentence: str) -> None:
+    assert typed(word).stderr.startswith(f"error: {sentence}")

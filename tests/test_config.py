@@ -464,7 +464,7 @@ def test_conf_experiment_header_check_sees_what_is_missing() -> None:
         (["subject.prompt=a photo"], r"subject\.prompt must name the subject as \{subject\}, got 'a photo'; .*"),
         (["prior.prompts=[a dog]"], r"prior\.prompts must name the subject as \{subject\}, got 'a dog'; .*"),
         (["wandb.mode=on"], r"wandb\.mode must be offline, online or disabled, got 'on'; .*"),
-        (["nonsense"], r"the command line must fit the config: .*nonsense.*"),
+        (["nonsense"], r"the command line must be words of the form setting=value.*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -477,19 +477,24 @@ def test_command_line_names_a_setting_that_must_be_given() -> None:
 
 
 def advertised_commands(text: str) -> list[tuple[str, list[str]]]:
-    """(script, arguments) of every command line in a text; what follows two spaces is a remark."""
-    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*python (train|evaluate|generate)\.py", line)]
-    words = [shlex.split(re.split(r"\s{2,}", line)[0]) for line in lines]
-    return [(Path(line[1]).stem, [word.replace("run=...", "run=x") for word in line[2:] if word != "-m"]) for line in words]
+    """(script, arguments) of every line that is a command; what follows two spaces is a remark."""
+    found = re.findall(r"^(?:# Command:)?\s*python (train|evaluate|generate)\.py(.*)$", text, re.MULTILINE)
+    return [(script, [word for word in shlex.split(re.split(r"\s{2,}", rest)[0]) if word != "-m"]) for script, rest in found]
 
 
-ADVERTISED = [command for script in SCHEMAS for command in advertised_commands(ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text())))]
+TEXTS = [ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))) for script in SCHEMAS]
+TEXTS += [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *EXPERIMENTS)]
+ADVERTISED = [command for text in TEXTS for command in advertised_commands(text)]
 
 
 @pytest.mark.parametrize(("script", "arguments"), ADVERTISED, ids=lambda value: value if isinstance(value, str) else " ".join(value))
-def test_commands_in_the_docstrings_of_the_scripts_are_understood(script: str, arguments: list[str]) -> None:
+def test_commands_in_docstrings_readme_and_experiments_are_understood(script: str, arguments: list[str]) -> None:
     first_of_each = [word if word[-1] in "]\"'" else word.split(",")[0] for word in arguments]  # of a sweep, its first job
     assert isinstance(composed(*first_of_each, script=script), SCHEMAS[script])
+
+
+def test_commands_are_found_for_every_script() -> None:
+    assert {script for script, _ in ADVERTISED} == set(SCHEMAS)
 
 
 def test_commands_that_a_run_prints_at_its_end_are_understood(lab_plain: dict) -> None:
