@@ -1,7 +1,6 @@
 """What happens around the training steps: evaluation, keeping the best weights, the state to continue from, the progress line."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Item, draw, image_names, save_images, score, selection_plan
+from dreambooth.files import write_with
 from dreambooth.final_scores import write_grid
 from dreambooth.grids import image_grid
 from dreambooth.module import DreamBoothModule
@@ -127,9 +127,7 @@ class ContinueState(pl.Callback):
         self.last_step = step
         if step % self.every and step != trainer.max_steps:
             return
-        temporary = self.path.with_name(".last.ckpt.tmp")
-        trainer.save_checkpoint(temporary)
-        os.replace(temporary, self.path)
+        write_with(self.path, trainer.save_checkpoint)
 
 
 class StopAtNonFinite(pl.Callback):

@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dreambooth.adapters import load_trainable_state, trainable_state
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Config, fingerprint, from_plain, to_plain
@@ -75,8 +77,10 @@ class RunFolder:
 
     def finish(self, status: str, error: str | None = None, **fields: Any) -> None:
         """Closes the run as "done" or "failed" with the reason."""
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.update(status=status, error=error, finished=_now(), peak_memory_bytes=peak_kib * 1024, **fields)
+        peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if torch.cuda.is_available():
+            peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        self.update(status=status, error=error, finished=_now(), **peak, **fields)
 
 
 def open_run(config: Config, **digests: str) -> RunFolder:

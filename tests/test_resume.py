@@ -80,15 +80,30 @@ def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(
     _assert_equal(continued, straight)
 
 
+def _signalled(words: list[str], folder: Path, number: signal.Signals) -> tuple[int, str]:
+    """Starts train.py and sends it a signal when its first state is on disk; returns the exit status and stderr."""
+    with subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not list(folder.glob("default/*/checkpoints/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_folder, photos, tmp_path) -> None:
+    long = ["trainer.max_steps=500", "trainer.eval_every=500"]
+    status, stderr = _signalled([*SMALL, *_words(tiny_folder(), photos, tmp_path), *long], tmp_path, signal.SIGINT)
+    assert status == 130 and stderr.strip().endswith("stopped by Ctrl-C; the same command continues the run")
+    stopped = read_run(next((tmp_path / "default").iterdir()))
+    assert stopped.status == "failed" and stopped.record["error"] == "stopped by Ctrl-C"
+
+
 def test_run_killed_with_kill_9_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path) -> None:
     words = [*SMALL, *_words(tiny_folder(), photos, tmp_path)]
-    with subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not list(tmp_path.glob("default/*/checkpoints/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+    status, _ = _signalled(words, tmp_path, signal.SIGKILL)
     killed = read_run(next((tmp_path / "default").iterdir()))
-    assert process.returncode == -signal.SIGKILL and killed.status == "running"
+    assert status == -signal.SIGKILL and killed.status == "running"
     done = typed(*words)
     assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stdout
