@@ -1,5 +1,7 @@
 """The built-in world: pictures are functions of (identity, context, seed), and identities stay what they were."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.lab.identities import ACCESSORIES, SURFACES
 from dreambooth.lab.primitives import ball, tube
 from dreambooth.lab.raytrace import FAR, gather_solids, hit_ball, hit_box, hit_frustum, trace
 from dreambooth.lab.shapes import build
@@ -16,6 +19,24 @@ from dreambooth.lab.views import draw_view, ray_directions, stack_views
 from dreambooth.lab.world import CLASSES, CONTEXTS, caption, ground_truth, identity, render, subject_photos
 
 PAIRS = [(class_noun, context) for class_noun in CLASSES for context in CONTEXTS]
+FIRST_CLASSES = ("robot", "teapot", "car", "duck", "dog", "house", "boat", "mushroom", "rocket", "backpack")
+FIRST_CONTEXTS = (
+    "on the beach", "in the snow", "in the jungle", "on a wooden table", "in a city", "at night",
+    "in the desert", "on the moon", "on the grass", "at sunset", "on a checkered floor", "on a red carpet",
+)  # fmt: skip
+# Mean brightness of subject 50 of each of the first classes (rows) in the first contexts (columns), seed 9, before the world grew.
+FIRST_BRIGHTNESS = (
+    (168.68, 183.14, 55.98, 119.03, 119.22, 37.37, 157.43, 83.17, 132.78, 98.43, 121.11, 83.33),
+    (161.47, 178.75, 60.29, 110.16, 126.25, 37.92, 147.79, 92.15, 114.13, 89.45, 125.46, 80.06),
+    (151.29, 164.99, 51.07, 100.03, 118.31, 32.83, 141.97, 87.38, 103.25, 83.24, 124.24, 70.23),
+    (163.35, 180.69, 56.89, 108.35, 126.89, 37.55, 148.81, 94.75, 112.44, 89.11, 125.49, 77.99),
+    (165.18, 184.75, 53.88, 107.91, 126.68, 35.35, 149.65, 94.22, 114.49, 86.62, 125.55, 77.69),
+    (133.35, 141.63, 62.19, 105.71, 101.55, 44.19, 133.65, 63.29, 119.12, 88.69, 107.78, 80.17),
+    (175.73, 198.80, 57.37, 112.81, 138.47, 38.47, 161.65, 106.23, 121.88, 92.65, 134.28, 83.68),
+    (141.66, 154.46, 71.24, 113.42, 107.42, 49.46, 143.53, 72.78, 125.55, 94.34, 112.33, 82.96),
+    (159.39, 172.63, 53.28, 111.95, 112.71, 37.16, 150.12, 78.74, 125.47, 93.80, 114.49, 77.25),
+    (144.74, 150.69, 78.99, 114.26, 114.56, 53.56, 147.05, 72.27, 124.72, 101.09, 121.82, 82.09),
+)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -26,8 +47,28 @@ def column(*numbers: float) -> Tensor:
     return torch.tensor(numbers).view(-1, 1)
 
 
-def test_world_has_ten_classes_and_twelve_contexts() -> None:
-    assert (len(set(CLASSES)), len(set(CONTEXTS))) == (10, 12)
+def test_world_has_sixteen_classes_and_eighteen_contexts() -> None:
+    assert (len(set(CLASSES)), len(set(CONTEXTS))) == (16, 18)
+
+
+def test_new_classes_and_contexts_are_appended() -> None:
+    """The index of a class is part of its subjects, and the shipped weights know the first ones."""
+    assert (CLASSES[:10], CONTEXTS[:12]) == (FIRST_CLASSES, FIRST_CONTEXTS)
+
+
+def test_identities_of_the_first_classes_are_what_the_shipped_weights_saw() -> None:
+    digest = hashlib.sha256()
+    for noun in FIRST_CLASSES:
+        for seed in range(40):
+            me = identity(noun, seed)
+            colors, proportions = [[round(v, 9) for v in color] for color in me.colors], [round(v, 9) for v in me.proportions]
+            digest.update(json.dumps([me.color_names, colors, me.pattern, me.frequency, proportions]).encode())
+    assert digest.hexdigest() == "ead01850a03c6c2089ff5795a805478f890a247071ce3b1d4d6b9dc576649263"
+
+
+def test_render_of_the_first_classes_in_the_first_contexts_is_what_the_shipped_weights_saw(gallery: Tensor) -> None:
+    brightness = gallery.float().mean((1, 2, 3)).view(len(CLASSES), len(CONTEXTS))[:10, :12]
+    assert torch.allclose(brightness, torch.tensor(FIRST_BRIGHTNESS), atol=0.05)
 
 
 def test_identity_913_is_the_known_robot() -> None:
@@ -38,8 +79,9 @@ def test_identity_913_is_the_known_robot() -> None:
     assert robot.proportions[:3] == pytest.approx((0.74634125, 0.01237148, 0.27279948), abs=1e-7)
 
 
-def test_identity_with_a_hat_is_the_same_subject() -> None:
-    assert identity("duck", 5, hat=True) == replace(identity("duck", 5), hat=True)
+@pytest.mark.parametrize("extra", [{"accessory": "hat"}, {"accessory": "flag"}, {"surface": "spotted"}])
+def test_identity_with_an_accessory_or_a_surface_is_the_same_subject(extra: dict[str, str]) -> None:
+    assert identity("duck", 5, **extra) == replace(identity("duck", 5), **extra)
 
 
 def test_identity_main_color_sets_the_body_alone_first() -> None:
@@ -58,9 +100,23 @@ def test_identity_of_an_unknown_color_names_the_colors() -> None:
 
 
 @pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"accessory": "cape"}, "accessory must be an accessory of the lab's world, got 'cape'; choose one of hat, scarf, balloon, flag"),
+        ({"surface": "wet"}, "surface must be a surface of the lab's world, got 'wet'; choose one of striped, spotted, checkered"),
+    ],
+)
+def test_identity_refuses_what_the_world_cannot_show(extra: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        identity("car", 1, **extra)
+
+
+@pytest.mark.parametrize(
     ("arguments", "context", "color", "sentence"),
     [
-        ({"main_color": "red", "hat": True}, "in the snow", True, "a photo of a red robot wearing a hat in the snow"),
+        ({"main_color": "red", "accessory": "hat"}, "in the snow", True, "a photo of a red robot wearing a hat in the snow"),
+        ({"accessory": "balloon"}, "under water", False, "a photo of a robot with a balloon under water"),
+        ({"main_color": "orange", "surface": "striped"}, None, True, "a photo of a striped orange robot"),
         ({"main_color": "orange"}, None, True, "a photo of an orange robot"),
         ({}, "at night", False, "a photo of a robot at night"),
     ],
@@ -77,14 +133,14 @@ def test_render_is_a_function_of_the_seed() -> None:
 
 
 def test_render_of_an_item_does_not_depend_on_its_batch() -> None:
-    subjects = [identity(CLASSES[index % 10], index) for index in range(24)]
-    contexts = [CONTEXTS[(index * 5) % 12] for index in range(24)]
-    together = render(subjects, contexts, range(24))
-    alone = [render([subject], [context], [seed])[0] for subject, context, seed in zip(subjects, contexts, range(24), strict=True)]
+    subjects = [identity(CLASSES[index % 16], index) for index in range(36)]
+    contexts = [CONTEXTS[(index * 5) % 18] for index in range(36)]
+    together = render(subjects, contexts, range(36))
+    alone = [render([subject], [context], [seed])[0] for subject, context, seed in zip(subjects, contexts, range(36), strict=True)]
     assert torch.equal(together, torch.stack(alone))
 
 
-@pytest.mark.parametrize("context", ["in the snow", "at night", "in a city", "on the moon"])
+@pytest.mark.parametrize("context", ["in the snow", "at night", "in a city", "on the moon", "under water", "in the rain"])
 def test_render_shows_the_same_scene_at_every_resolution(context: str) -> None:
     subject = identity("rocket", 4)
     fine, coarse = render([subject], [context], [3], resolution=128), render([subject], [context], [3], resolution=64)
@@ -97,7 +153,7 @@ def gallery() -> Tensor:
 
 
 def test_render_gives_bytes_with_contrast_in_every_class_and_context(gallery: Tensor) -> None:
-    assert gallery.dtype == torch.uint8 and gallery.shape == (120, 3, 64, 64)
+    assert gallery.dtype == torch.uint8 and gallery.shape == (288, 3, 64, 64)
     assert gallery.float().flatten(1).std(1).min() > 8
 
 
@@ -107,6 +163,25 @@ def test_render_shows_the_subject_in_every_class_and_context(gallery: Tensor) ->
     other = render(repainted, [place for _, place in PAIRS], [9] * len(PAIRS))
     painted = (gallery.int() - other.int()).abs().amax(1) > 8
     assert painted.float().mean((1, 2)).min() > 0.04  # share of the picture that is subject
+
+
+@pytest.mark.parametrize("accessory", ACCESSORIES)
+def test_render_shows_the_accessory_on_every_class(accessory: str) -> None:
+    for noun in CLASSES:
+        for seed in range(3):
+            wearer, bare = build(identity(noun, seed, accessory=accessory)), build(identity(noun, seed))
+            view = draw_view(noun, wearer, np.random.default_rng(seed))
+            views = stack_views([view], "cpu")
+            hits = trace(gather_solids([wearer], [view.yaw], "cpu"), views, ray_directions(views.pitch, 64))
+            assert (hits.solid >= len(bare)).sum() > 40, f"{noun} {seed}"  # pixels of 4096
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_render_shows_the_surface_on_every_class(surface: str) -> None:
+    painted = [identity(noun, 3, surface=surface) for noun in CLASSES]
+    plain = [replace(subject, surface=None, pattern="none") for subject in painted]
+    shown, bare = (render(subjects, ["on the grass"] * 16, range(16)) for subjects in (painted, plain))
+    assert ((shown.int() - bare.int()).abs().amax(1) > 16).float().mean((1, 2)).min() > 0.01
 
 
 def test_render_refuses_an_unknown_context_and_names_the_contexts() -> None:

@@ -12,7 +12,25 @@ from dreambooth.lab.textures import mix, noise_bank, rgb, sample, texel
 STAR_SIDE = 128  # stars live on a grid of this many cells, so that they do not move with the resolution
 HORIZON = 1e-3  # rays that fall less steeply than this see the sky
 
+NOWHERE = 9.0  # a position outside every picture: pads lists of unequal length
+
 Rng = np.random.Generator
+
+
+class Layers(NamedTuple):
+    """A painted place: sky and ground colours, and which of them each ray sees."""
+
+    sky: Tensor
+    ground: Tensor
+    is_ground: Tensor
+
+
+class Wall(NamedTuple):
+    """A wall behind the subject: positions on it in world units, and which rays see the ground before it."""
+
+    x: Tensor
+    y: Tensor
+    is_ground: Tensor
 
 
 class Canvas(NamedTuple):
@@ -24,6 +42,7 @@ class Canvas(NamedTuple):
     z: Tensor
     distance: Tensor
     is_ground: Tensor
+    camera: Tensor  # (2, B, 1, 1, 1) its height and its z
     offset: Tensor  # (4, B, 1, 1, 1)
     bank: Tensor  # (B, 1, 1, 1) which texture
     rngs: list[Rng]
@@ -76,6 +95,11 @@ class Canvas(NamedTuple):
         outline = noise_bank(False, str(self.u.device))[3][row, texel(self.u * 0.18 + self.offset[0])]
         return self.v < base + height * outline
 
+    def wall(self, z: float) -> Wall:
+        """Returns what is seen of a wall across the world at a negative z, and what is left of the ground before it."""
+        height, depth = self.camera[0], self.camera[1] - z
+        return Wall(self.u * depth, self.v * depth + height, self.is_ground & (self.z > z))
+
     def rgb(self, red: float, green: float, blue: float) -> Tensor:
         """Returns a colour that broadcasts over the pictures, (1, 3, 1, 1)."""
         return rgb((red, green, blue), self.u)
@@ -90,4 +114,5 @@ def make_canvas(directions: Tensor, camera: Tensor, rngs: list[Rng]) -> Canvas:
     forward = (-dz).clamp(min=0.05)
     numbers = np.array([[*rng.random(4), rng.integers(4)] for rng in rngs], np.float32)  # (B, 5)
     drawn = torch.from_numpy(numbers.T.copy()).view(5, -1, 1, 1, 1).to(directions.device)
-    return Canvas(dx / forward, dy / forward, cx + distance * dx, cz + distance * dz, distance, is_ground, drawn[:4], drawn[4].long(), rngs)
+    eye, (x, z) = torch.stack([cy, cz]), (cx + distance * dx, cz + distance * dz)
+    return Canvas(dx / forward, dy / forward, x, z, distance, is_ground, eye, drawn[:4], drawn[4].long(), rngs)

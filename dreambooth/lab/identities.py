@@ -1,6 +1,7 @@
 """The subjects of the built-in world: what makes one robot this robot, drawn from (class noun, seed)."""
 
 import colorsys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,11 @@ from dreambooth.errors import ConfigError
 
 Rgb = tuple[float, float, float]
 
-CLASSES: tuple[str, ...] = ("robot", "teapot", "car", "duck", "dog", "house", "boat", "mushroom", "rocket", "backpack")
+# The index of a class is part of the draw of its subjects: new ones are appended. Which are trained on: `splits`.
+CLASSES: tuple[str, ...] = (
+    "robot", "teapot", "car", "duck", "dog", "house", "boat", "mushroom", "rocket", "backpack",
+    "chair", "fish", "lamp", "tree", "penguin", "train",
+)  # fmt: skip
 
 # Colour word -> hue, saturation, value, each in [0, 1]: the middle of what the word may mean.
 COLORS: dict[str, Rgb] = {
@@ -27,12 +32,19 @@ COLORS: dict[str, Rgb] = {
 
 PATTERNS: tuple[str, ...] = ("none", "stripes", "vstripes", "dots", "checker", "band")
 PATTERN_ODDS: tuple[float, ...] = (0.25, 0.17, 0.15, 0.2, 0.1, 0.13)
+SURFACES: dict[str, str] = {"striped": "stripes", "spotted": "dots", "checkered": "checker"}  # property word -> one of PATTERNS
+ACCESSORIES: dict[str, str] = {  # what can be put on any subject -> how a caption says it
+    "hat": "wearing a hat",
+    "scarf": "wearing a scarf",
+    "balloon": "with a balloon",
+    "flag": "with a flag",
+}
 IDENTITY_STREAM = 77  # part of the key of every identity: changing it makes all other subjects
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One subject: everything that stays the same in all its pictures.
+    """One subject: everything that stays the same in all its pictures, and what a prompt may put on it.
 
     Attributes:
         class_noun: one of CLASSES.
@@ -42,7 +54,8 @@ class Identity:
         pattern: one of PATTERNS, painted on the body in the second colour.
         frequency: how fine the pattern is, 2 to 4.
         proportions: twelve numbers in [0, 1) that the class turns into sizes and options.
-        hat: whether it wears the black top hat.
+        accessory: one of ACCESSORIES that it wears or has, or None.
+        surface: one of SURFACES, painted over its own pattern, or None. Captions name it; its own pattern they never do.
     """
 
     class_noun: str
@@ -52,7 +65,8 @@ class Identity:
     pattern: str
     frequency: int
     proportions: tuple[float, ...]
-    hat: bool = False
+    accessory: str | None = None
+    surface: str | None = None
 
     @property
     def main_color(self) -> str:
@@ -77,22 +91,25 @@ def shade_of(color_name: str, rng: np.random.Generator) -> Rgb:
     return colorsys.hsv_to_rgb(hue, min(max(saturation + saturation_shift, 0.0), 1.0), min(max(value + value_shift, 0.0), 1.0))
 
 
-def identity(class_noun: str, seed: int, hat: bool = False, main_color: str | None = None) -> Identity:
+def identity(class_noun: str, seed: int, accessory: str | None = None, main_color: str | None = None, surface: str | None = None) -> Identity:
     """Returns the subject that belongs to a class and a seed: the same one on every machine.
+
+    What a prompt adds (accessory, colour, surface) leaves all else of the subject as it is: the ground truth of such prompts.
 
     Args:
         class_noun: one of CLASSES.
         seed: any non-negative integer.
-        hat: put the top hat on (the subject stays the same one).
+        accessory: put this on; one of ACCESSORIES.
         main_color: make the body this colour instead of the drawn one; one of COLORS.
+        surface: paint this on the body instead of the drawn pattern; one of SURFACES.
 
     Raises:
-        ConfigError: for a class or a colour that the world does not have, or a negative seed.
+        ConfigError: for a word that the world does not have, or a negative seed.
     """
-    if class_noun not in CLASSES:
-        raise ConfigError("class_noun", "must be a class of the lab's world", class_noun, f"choose one of {', '.join(CLASSES)}")
-    if main_color is not None and main_color not in COLORS:
-        raise ConfigError("main_color", "must be a colour of the lab's world", main_color, f"choose one of {', '.join(COLORS)}")
+    check_word("class_noun", "class", class_noun, CLASSES)
+    check_word("accessory", "accessory", accessory, ACCESSORIES)
+    check_word("main_color", "colour", main_color, COLORS)
+    check_word("surface", "surface", surface, SURFACES)
     if seed < 0:
         raise ConfigError("subject seed", "must not be negative", seed, "choose 0 or more")
     rng = np.random.default_rng([seed, CLASSES.index(class_noun), IDENTITY_STREAM])
@@ -108,12 +125,26 @@ def identity(class_noun: str, seed: int, hat: bool = False, main_color: str | No
         pattern=str(rng.choice(PATTERNS, p=PATTERN_ODDS)),
         frequency=int(rng.integers(2, 5)),
         proportions=tuple(float(number) for number in rng.random(12)),
-        hat=hat,
+        accessory=accessory,
+        surface=surface,
     )
+
+
+def check_word(where: str, what: str, word: str | None, known: Iterable[str]) -> None:
+    """Raises ConfigError unless the world has this word; None is always fine."""
+    if word is not None and word not in known:
+        raise ConfigError(where, f"must be {with_article(what)} of the lab's world", word, f"choose one of {', '.join(known)}")
+
+
+def with_article(words: str) -> str:
+    """Returns the words with "a" or "an" before them."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def caption(subject: Identity, context: str | None, color: bool = False) -> str:
     """Returns the sentence that describes a picture, such as "a photo of a red robot wearing a hat in the snow".
+
+    An accessory and a surface are always named, the subject's own pattern never.
 
     Args:
         subject: who is in the picture.
@@ -121,7 +152,7 @@ def caption(subject: Identity, context: str | None, color: bool = False) -> str:
         color: whether to name the colour of the body.
     """
     noun = f"{subject.main_color} {subject.class_noun}" if color else subject.class_noun
-    article = "an" if noun[0] in "aeiou" else "a"
-    hat = " wearing a hat" if subject.hat else ""
+    noun = f"{subject.surface} {noun}" if subject.surface is not None else noun
+    accessory = f" {ACCESSORIES[subject.accessory]}" if subject.accessory is not None else ""
     place = f" {context}" if context is not None else ""
-    return f"a photo of {article} {noun}{hat}{place}"
+    return f"a photo of {with_article(noun)}{accessory}{place}"

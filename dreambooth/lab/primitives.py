@@ -6,12 +6,14 @@ from enum import IntEnum
 
 import numpy as np
 
-from dreambooth.lab.identities import Identity, Rgb
+from dreambooth.lab.identities import SURFACES, Identity, Rgb
 
 DARK: Rgb = (0.06, 0.06, 0.07)
 WHITE: Rgb = (0.95, 0.95, 0.95)
 GLASS: Rgb = (0.55, 0.78, 0.9)
 METAL: Rgb = (0.62, 0.64, 0.68)
+
+SIDES = (-1, 1)  # left and right, back and front
 
 MATT, DULL, PLAIN, SATIN, GLOSSY, MIRROR = 0.08, 0.2, 0.35, 0.6, 0.7, 0.8
 
@@ -67,7 +69,8 @@ class Primitive:
 
 def pattern_of(subject: Identity) -> Pattern | None:
     """Returns what is painted on the subject's body, in its second colour; None for a plain body."""
-    return None if subject.pattern == "none" else Pattern(subject.pattern, subject.colors[1], subject.frequency)
+    name = subject.pattern if subject.surface is None else SURFACES[subject.surface]
+    return None if name == "none" else Pattern(name, subject.colors[1], subject.frequency)
 
 
 def turn_x(angle: float) -> np.ndarray:

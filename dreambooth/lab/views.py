@@ -11,7 +11,7 @@ from dreambooth.lab.identities import Rgb
 from dreambooth.lab.primitives import Primitive
 
 FIELD = 0.5  # tangent of half the opening angle of the camera
-SIDEWAYS_CLASSES = ("car", "duck", "dog", "teapot", "boat")  # built along x: turned so that one mostly sees their side or front
+SIDEWAYS_CLASSES = ("car", "duck", "dog", "teapot", "boat", "fish", "train")  # built along x: turned so that one mostly sees their side or front
 
 # Context -> (diffuse, ambient) light; the first is daylight.
 DAYLIGHT: tuple[Rgb, Rgb] = ((1.0, 0.98, 0.93), (0.4, 0.42, 0.46))
@@ -22,6 +22,10 @@ LIGHTS: dict[str, tuple[Rgb, Rgb]] = {
     "on the moon": ((1.12, 1.1, 1.05), (0.2, 0.2, 0.22)),
     "on a wooden table": ((0.95, 0.88, 0.75), (0.4, 0.38, 0.36)),
     "on a red carpet": ((1.0, 0.95, 0.88), (0.36, 0.33, 0.33)),
+    "under water": ((0.62, 0.92, 0.95), (0.24, 0.42, 0.46)),
+    "in a cave": ((0.85, 0.75, 0.62), (0.26, 0.24, 0.24)),
+    "in the rain": ((0.62, 0.65, 0.7), (0.4, 0.43, 0.47)),
+    "in a library": ((1.0, 0.88, 0.68), (0.36, 0.32, 0.28)),
 }
 
 

@@ -1,7 +1,8 @@
-"""The built-in procedural world: ten classes of toys in twelve places, with known identities and therefore a known ground truth.
+"""The built-in procedural world: sixteen classes of toys in eighteen places, with known identities and therefore a known ground truth.
 
 A picture is a function of (identity, context, seed): the seed decides pose, viewpoint, scale, light, placement and the details of
-the place. Nothing else has a say, so an identity can be rendered again anywhere: the oracle that real photos do not have.
+the place. Nothing else has a say, so an identity can be rendered again anywhere, in another colour or surface and with an accessory:
+the oracle that real photos do not have. What pretraining must not see: `splits`.
 """
 
 from collections.abc import Sequence
@@ -20,16 +21,16 @@ from dreambooth.lab.scenes import SCENES, paint
 from dreambooth.lab.shading import contact_shade, shade
 from dreambooth.lab.shapes import build
 from dreambooth.lab.views import Views, draw_light, draw_view, ray_directions, stack_lights, stack_views
+from dreambooth.lab.weather import FALLING
 
 __all__ = ["CLASSES", "COLORS", "CONTEXTS", "WORLD_VERSION", "Identity", "caption", "ground_truth", "identity", "render", "subject_photos"]
 
-WORLD_VERSION = 1  # changes when pictures change, and the shipped weights with them
+WORLD_VERSION = 1  # changes when old pictures change, and the shipped weights with them; new classes and places are appended
 CONTEXTS: tuple[str, ...] = tuple(SCENES)
 PHOTO_CONTEXTS: tuple[str, ...] = ("on the grass", "on a wooden table", "on the beach", "on the grass", "on a wooden table")
 PHOTO_STREAM = 9  # part of the key of every photo of a built-in subject
 SUPERSAMPLING = 2  # rays along each side of a pixel
 CHUNK = 16  # pictures at once: bounds the memory
-FLAKE_SIDE = 128  # snow flakes lie on a grid of this many cells
 
 
 def render(identities: Sequence[Identity], contexts: Sequence[str], seeds: Sequence[int], resolution: int = 64, device: str = "cpu") -> Tensor:
@@ -92,7 +93,7 @@ def check_context(context: str) -> None:
 def render_chunk(identities: Sequence[Identity], contexts: Sequence[str], keys: Sequence[tuple[int, ...]], resolution: int, device: str) -> Tensor:
     """Returns a few pictures, sorted by context, uint8 (B, 3, resolution, resolution).
 
-    The order of the draws from each picture's generator (view, place, light, flakes) is part of the world: old seeds keep their pictures.
+    The order of the draws from each picture's generator (view, place, light, flakes or drops) is part of the world: old seeds keep their pictures.
     """
     rngs = [np.random.default_rng(key) for key in keys]
     parts = [build(subject) for subject in identities]
@@ -109,8 +110,8 @@ def render_chunk(identities: Sequence[Identity], contexts: Sequence[str], keys: 
     flat[:, hits.ray] = shade(solids, hits, views, lights)
     picture = flat.view(3, *place.shape[:1], *place.shape[2:]).transpose(0, 1)  # (B, 3, N, N)
     for index, (context, rng) in enumerate(zip(contexts, rngs, strict=True)):
-        if context == "in the snow":
-            let_it_snow(picture[index], rng)
+        if context in FALLING:
+            FALLING[context](picture[index], rng)
     pixels = avg_pool2d(picture.clamp(0, 1), SUPERSAMPLING)
     return (((pixels - 0.5) * 1.03 + 0.5).clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
@@ -125,12 +126,3 @@ def paint_places(contexts: Sequence[str], directions: Tensor, views: Views, rngs
         places.append(place)
         shades.append(contact_shade(Views(*(field[items] for field in views)), canvas.x, canvas.z) * is_ground)
     return torch.cat(places), torch.cat(shades)
-
-
-def let_it_snow(picture: Tensor, rng: np.random.Generator) -> None:
-    """Draws 14 to 33 flakes over one picture (3, N, N), in place: each covers 1/64 of its side."""
-    side = picture.shape[-1]
-    for _ in range(int(rng.integers(14, 34))):
-        top, left = (int(corner) * side // FLAKE_SIDE for corner in rng.integers(0, FLAKE_SIDE - 2, 2))
-        flake = picture[:, top : top + max(side // 64, 1), left : left + max(side // 64, 1)]
-        flake.mul_(0.25).add_(0.75)
