@@ -125,3 +125,9 @@ def test_error_on_the_terminal_is_one_line_and_exit_status_2(tmp_path: Path) -> 
 )
 def test_words_that_hydra_cannot_take_are_answered_in_ours(word: str, sentence: str) -> None:
     assert typed(word).stderr.startswith(f"error: {sentence}")
+
+
+def test_lab_class_that_the_base_never_saw_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("subject.class_noun=penguin", "prior=none", "trainer.max_steps=1", f"output_dir={tmp_path}")
+    printed = capsys.readouterr().out
+    assert "the lab's base was not trained on this class" in printed and "do not report its scores" in printed
