@@ -37,6 +37,7 @@ def train(config: Config) -> RunFolder:
     """Runs one job from config to measured model, or finds that it is done; returns its folder."""
     config.base.check()
     config = resolve(config)
+    pick_device(config.trainer.accelerator)  # refuses a GPU that is not there
     photos = read_subject_photos(config)  # every photo is decoded before a model loads
     own_bank = read_user_bank(config) if wants_class_images(config) and config.prior.class_dir else None
     base_digest = config.base.digest()

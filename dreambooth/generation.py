@@ -13,13 +13,21 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth import randomness
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Sampling
+from dreambooth.errors import ConfigError
 from dreambooth.files import write_with
 from dreambooth.samplers import scheduler
 
 
 def pick_device(accelerator: str) -> str:
-    """Returns the torch device of a Lightning accelerator: "cuda" when "auto" finds a GPU or "gpu" asks for one, else "cpu"."""
-    return "cuda" if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()) else "cpu"
+    """Returns the torch device of a Lightning accelerator: "cuda" when "auto" finds a GPU or "gpu" asks for one, else "cpu".
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    found = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not found:
+        raise ConfigError("trainer.accelerator", "must be auto or cpu where PyTorch finds no CUDA GPU", accelerator, "leave it at auto")
+    return "cuda" if accelerator != "cpu" and found else "cpu"
 
 
 @torch.no_grad()

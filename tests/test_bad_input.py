@@ -4,12 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from small_runs import make_photos, run, typed
 
 from dreambooth import cli
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.errors import UserError
+
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture
@@ -49,6 +52,7 @@ def _sentence(*words: str) -> str:
         (["data.resolution=100"], ["data.resolution", "100"]),
         (["trainer.max_steps=0"], ["trainer.max_steps"]),
         (["trainer.devices=2"], ["trainer.devices"]),
+        pytest.param(["trainer.accelerator=gpu"], ["trainer.accelerator", "auto"], marks=NEEDS_NO_GPU),
         (["sampling.steps=-2"], ["sampling.steps"]),
         (["wandb.mode=somewhere"], ["wandb.mode", "offline"]),
         (["optim.learning_rate=fast"], ["optim.learning_rate", "'fast'", "a number"]),

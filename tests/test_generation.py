@@ -206,8 +206,14 @@ def test_read_recipe_of_a_picture_from_elsewhere_is_empty(tmp_path: Path, form: 
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "gpu", "device"), [("auto", True, "cuda"), ("auto", False, "cpu"), ("gpu", False, "cuda"), ("cpu", True, "cpu")]
+    ("accelerator", "gpu", "device"), [("auto", True, "cuda"), ("auto", False, "cpu"), ("gpu", True, "cuda"), ("cpu", True, "cpu")]
 )
 def test_pick_device_follows_the_accelerator(monkeypatch: pytest.MonkeyPatch, accelerator: str, gpu: bool, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert pick_device(accelerator) == device
+
+
+def test_pick_device_refuses_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="^trainer.accelerator must be auto or cpu"):
+        pick_device("gpu")
