@@ -1,10 +1,13 @@
 """The lab's judges: an identity encoder in DINO's role, an image and text encoder in CLIP's role, both trained on the lab's world alone.
 
-They see 32 x 32 pixels, so they forgive blur; they know four classes (robot, teapot, car, duck), and hardly the
-body's colour. `weights/README.md` says how good they are.
+`weights/README.md` says how good the shipped ones are. A folder of scorers may hold a `config.json` with the shape of its networks
+(`Layout`) and a tokenizer; one without is of the first version: 32 x 32 pixels, which forgive blur, and the tokenizer of the shipped base.
 """
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,41 @@ from torch.nn import functional as F
 from dreambooth.errors import UserError
 from dreambooth.lab.paths import BASE_FOLDER, SCORERS_FOLDER
 
-IMAGE_SIDE = 32  # pixels that the encoders see
 FEATURES = 128
-WIDTHS = (32, 64, 128, 192)
-TEXT_WIDTH = 128
-TEXT_LAYERS = 3
 BATCH = 256  # images at once: bounds the memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the networks; the defaults are those of the first version, whose folder does not say it."""
+
+    image_side: int = 32  # pixels that the image encoders see
+    features: int = FEATURES
+    stem: int = 32  # channels of the first convolution
+    blocks: tuple[tuple[int, int], ...] = ((64, 2), (128, 2), (128, 1), (192, 2))  # channels and stride of each residual block
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+
+    @classmethod
+    def read(cls, folder: Path) -> "Layout":
+        """Returns the layout that a folder's config.json holds, or the first version's.
+
+        Raises:
+            UserError: the file is there and does not hold a layout.
+        """
+        file = folder / "config.json"
+        if not file.is_file():
+            return cls()
+        try:
+            plain = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**plain, "blocks": tuple((int(channels), int(stride)) for channels, stride in plain["blocks"])})
+        except (ValueError, TypeError, KeyError) as problem:
+            raise UserError(str(file), f"must hold the layout of the lab's scorers ({problem})", next_step="copy that file again") from None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns what config.json holds."""
+        return asdict(self)
 
 
 class ResidualBlock(nn.Module):
@@ -42,52 +74,63 @@ class ResidualBlock(nn.Module):
 class ImageEncoder(nn.Module):
     """A small residual network: pictures -> unit features."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout | None = None) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, WIDTHS[0], 3, 1, 1)
-        self.blocks = nn.Sequential(
-            ResidualBlock(WIDTHS[0], WIDTHS[1], 2),
-            ResidualBlock(WIDTHS[1], WIDTHS[2], 2),
-            ResidualBlock(WIDTHS[2], WIDTHS[2]),
-            ResidualBlock(WIDTHS[2], WIDTHS[3], 2),
-        )
-        self.norm = nn.GroupNorm(8, WIDTHS[3])
-        self.head = nn.Linear(WIDTHS[3] * 2, FEATURES)
+        layout = layout or Layout()
+        self.image_side, self.features = layout.image_side, layout.features
+        self.stem = nn.Conv2d(3, layout.stem, 3, 1, 1)
+        channels = [layout.stem, *(width for width, _ in layout.blocks)]
+        strides = [stride for _, stride in layout.blocks]
+        self.blocks = nn.Sequential(*(ResidualBlock(*shape) for shape in zip(channels, channels[1:], strides, strict=False)))
+        self.norm = nn.GroupNorm(8, channels[-1])
+        self.head = nn.Linear(channels[-1] * 2, layout.features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, 32, 32) in [-1, 1] -> (B, 128) of length 1."""
-        hidden = F.silu(self.norm(self.blocks(self.stem(x))))  # (B, 192, 4, 4)
-        pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], 1)  # (B, 384)
+        """(B, 3, side, side) in [-1, 1] -> (B, features) of length 1."""
+        hidden = F.silu(self.norm(self.blocks(self.stem(x))))  # (B, C, h, w)
+        pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], 1)  # (B, 2 C)
         return F.normalize(self.head(pooled), dim=-1)
 
 
+def new_text_encoder(layout: Layout, tokenizer: Any) -> Any:
+    """Returns an untrained CLIP text encoder whose projection has the features of the image encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=layout.text_width,
+            intermediate_size=layout.text_width * 3,
+            projection_dim=layout.features,
+            num_hidden_layers=layout.text_layers,
+            num_attention_heads=layout.text_heads,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 class LabScorers(nn.Module):
-    """The lab's identity, image and text encoders, frozen; all features are (N, 128), float32, of length 1.
+    """The lab's identity, image and text encoders, frozen; all features are (N, D), float32, of length 1.
 
     `load` makes one with its weights. Gradients are off, and autocast has no effect on the scores.
+
+    Args:
+        layout: shape of the networks; None: that of the first version.
+        tokenizer: a CLIPTokenizer; None: that of the shipped base.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout | None = None, tokenizer: Any = None) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers import CLIPTokenizer
 
-        self.tokenizer = CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer")
-        self.identity_encoder = ImageEncoder()
-        self.image_encoder = ImageEncoder()
-        self.text_encoder = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(self.tokenizer),
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=TEXT_WIDTH * 3,
-                projection_dim=FEATURES,
-                num_hidden_layers=TEXT_LAYERS,
-                num_attention_heads=4,
-                max_position_embeddings=self.tokenizer.model_max_length,
-                bos_token_id=self.tokenizer.bos_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        )
+        self.layout = layout or Layout()
+        self.tokenizer = tokenizer or CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer")
+        self.identity_encoder = ImageEncoder(self.layout)
+        self.image_encoder = ImageEncoder(self.layout)
+        self.text_encoder = new_text_encoder(self.layout, self.tokenizer)
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -98,9 +141,11 @@ class LabScorers(nn.Module):
             UserError: when a file is missing.
         """
         from safetensors.torch import load_file
+        from transformers import CLIPTokenizer
 
         folder = SCORERS_FOLDER if folder is None else Path(folder)
-        scorers = cls()
+        own = folder / "tokenizer"
+        scorers = cls(Layout.read(folder), CLIPTokenizer.from_pretrained(own) if own.is_dir() else None)
         for name in ("identity", "image", "text"):
             file = folder / f"{name}.safetensors"
             if not file.is_file():
@@ -120,16 +165,16 @@ class LabScorers(nn.Module):
         return super().train(False)
 
     def identity(self, images: Tensor) -> Tensor:
-        """Returns features that are alike for one subject in any pose and place: (N, 3, H, W) in [-1, 1] -> (N, 128)."""
+        """Returns features that are alike for one subject in any pose and place: (N, 3, H, W) in [-1, 1] -> (N, D)."""
         return self.encode(self.identity_encoder, images)
 
     def image(self, images: Tensor) -> Tensor:
-        """Returns features of what is where, to be compared with `text`: (N, 3, H, W) in [-1, 1] -> (N, 128)."""
+        """Returns features of what is where, to be compared with `text`: (N, 3, H, W) in [-1, 1] -> (N, D)."""
         return self.encode(self.image_encoder, images)
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
-        """Returns features of prompts, to be compared with `image`: (N, 128).
+        """Returns features of prompts, to be compared with `image`: (N, D).
 
         Raises:
             UserError: for a prompt of more tokens than the text encoder reads.
@@ -140,7 +185,7 @@ class LabScorers(nn.Module):
             if length > limit:
                 where, rule = f"the prompt {prompt!r}", f"must have at most {limit} tokens for the lab's text encoder"
                 raise UserError(where, rule, length, "use fewer words; a word that the lab does not know costs a token a letter")
-        tokens = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(self.device)  # (N, 16)
+        tokens = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(self.device)  # (N, L)
         with torch.autocast(self.device.type, enabled=False):
             return F.normalize(self.text_encoder(tokens).text_embeds, dim=-1)
 
@@ -150,15 +195,15 @@ class LabScorers(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be float (N, 3, H, W) in [-1, 1], got {images.dtype} {tuple(images.shape)}")
         if not len(images):
-            return torch.empty(0, FEATURES, device=self.device)
+            return torch.empty(0, encoder.features, device=self.device)
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([encoder(shrink(batch.to(self.device).float())) for batch in images.split(BATCH)])
+            return torch.cat([encoder(shrink(batch.to(self.device).float(), encoder.image_side)) for batch in images.split(BATCH)])
 
 
-def shrink(images: Tensor) -> Tensor:
-    """Returns pictures of any size at the encoders' 32 x 32, by the mean of what each pixel covers (smaller ones are interpolated)."""
-    if images.shape[-2:] == (IMAGE_SIDE, IMAGE_SIDE):
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Returns pictures of any size at side x side pixels, by the mean of what each pixel covers (smaller ones are interpolated)."""
+    if images.shape[-2:] == (side, side):
         return images
-    if min(images.shape[-2:]) > IMAGE_SIDE and not any(side % IMAGE_SIDE for side in images.shape[-2:]):
-        return F.interpolate(images, size=(IMAGE_SIDE, IMAGE_SIDE), mode="area")
-    return F.interpolate(images, size=(IMAGE_SIDE, IMAGE_SIDE), mode="bilinear", antialias=True, align_corners=False)
+    if min(images.shape[-2:]) > side and not any(length % side for length in images.shape[-2:]):
+        return F.interpolate(images, size=(side, side), mode="area")
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,269 @@
+"""`python -m dreambooth.lab.pretrain --output DIR`: the lab's weights from nothing, in stages; the same command continues after a kill.
+
+What is shipped lies in DIR itself (base, scorers, README.md), everything else in DIR/work: renders, states, latents, the log and pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth.errors import UserError
+from dreambooth.lab.pretraining.data import SHARD, HeldOut, Renders, held_out, render_stream
+from dreambooth.lab.pretraining.training import Budget, Place, Training
+from dreambooth.lab.scorers import Layout
+from dreambooth.lab.splits import TRAINED_CLASSES, TRAINED_CONTEXTS, vocabulary
+
+STAGES = ("data", "tokenizer", "vae", "scorers", "base", "card")
+SHARES = {"vae": 0.2, "identity": 0.12, "captions": 0.13, "base": 0.55}  # of a budget for all stages
+RENDERS = 200_000  # on a GPU, where the training of the base sees each some thirty times; fewer on a CPU
+RENDERS_CPU = 20_000
+MINUTES, MINUTES_CPU = 20.0, 180.0
+SCORER_LAYOUT = Layout(image_side=64)
+
+# Per network: what its result depends on. The UNet has 12.3 M parameters (widths are multiples of 32); all networks together 37 MB in float16.
+# These are for a GPU; a CPU takes ON_CPU's in their place, so that short trainings have enough steps.
+RECIPES: dict[str, dict[str, Any]] = {
+    "vae": {"batch_size": 128, "crop": 64, "matrix_lr": 0.02, "other_lr": 1e-3, "widths": [32, 64, 128], "channels": 8, "groups": 8},
+    "identity": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
+    "captions": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
+    "base": {
+        "batch_size": 512,
+        "matrix_lr": 0.02,
+        "other_lr": 1.2e-3,
+        "widths": [64, 160, 192],
+        "groups": 8,
+        "text_width": 128,
+        "text_layers": 3,
+        "caption_dropout": 0.1,
+        "weight_cap": 5.0,
+    },
+}
+ON_CPU = {"vae": {"batch_size": 32, "crop": 32}, "identity": {"batch_size": 96}, "captions": {"batch_size": 64}, "base": {"batch_size": 32}}
+
+
+@dataclass
+class Pretraining:
+    """One run of the command: where, how large, how long, and the stages as methods.
+
+    Attributes:
+        output: the folder of the weights.
+        device: of the training.
+        renders: pictures to render, and to draw from.
+        images: how many pictures the training sees (see `budget`); None: as many as `minutes` allow.
+        minutes: of all training stages together, or of the one that is asked for.
+        workers: processes that render.
+        seed: of weights and all draws.
+        compiled: use torch.compile for autoencoder and UNet.
+        is_one_stage: whether the budget belongs to one stage alone.
+        quality_seeds, subjects: size of the measurement (see `quality`).
+        shard: pictures in a file of renders.
+        layout: shape of the scorers.
+        changes: settings in place of RECIPES', by network.
+        save_every_s: seconds that a kill may cost.
+        say: gets each line for the user.
+    """
+
+    output: Path
+    device: torch.device
+    renders: int
+    images: int | None = None
+    minutes: float | None = None
+    workers: int = 1
+    seed: int = 0
+    compiled: bool = False
+    is_one_stage: bool = False
+    quality_seeds: int = 8
+    subjects: int = 12
+    shard: int = SHARD
+    layout: Layout = SCORER_LAYOUT
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    save_every_s: float = 45.0
+    say: Callable[[str], None] = print
+
+    @property
+    def work(self) -> Path:
+        """Where everything lies that is not shipped."""
+        return self.output / "work"
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """Returns the settings of a network on this device, with the changes that were asked for and the size of the data."""
+        on_cpu = {} if self.device.type == "cuda" else ON_CPU[name]
+        rests_on = {} if name == "vae" else {"vae": self.vae_digest}
+        return {**RECIPES[name], **on_cpu, **self.changes.get(name, {}), "renders": len(self.stream), "seed": self.seed, **rests_on}
+
+    def budget(self, name: str) -> Budget:
+        """Returns how long a network is trained: its share of the budget, or all of it; the scorers' two share their stage's."""
+        share = SHARES[name]
+        if self.is_one_stage:
+            share = {"identity": 0.5, "captions": 0.5}.get(name, 1.0)
+        if self.images is not None:
+            return Budget(images=max(1, int(self.images * share)))
+        return Budget(minutes=(self.minutes or MINUTES) * share)
+
+    @property
+    def place(self) -> Place:
+        """Where the states lie, and on which device the training runs."""
+        return Place(self.work, self.device, self.seed, self.save_every_s, compiled=self.compiled)
+
+    @cached_property
+    def stream(self) -> Renders:
+        """The renders, as many as were asked for."""
+        return Renders(self.work / "data", self.device, -(-self.renders // self.shard))
+
+    @cached_property
+    def judged(self) -> HeldOut:
+        """A few held-out renders for the figures on the way."""
+        return held_out(TRAINED_CLASSES, TRAINED_CONTEXTS, subjects=max(2, self.subjects // 3), views=2)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the stage of that name made."""
+        from transformers import CLIPTokenizer
+
+        folder = self.work / "tokenizer"
+        if not folder.is_dir():
+            raise UserError(str(folder), "must hold the tokenizer", next_step="run the stage tokenizer first")
+        return CLIPTokenizer.from_pretrained(folder)
+
+    @cached_property
+    def vae(self) -> Any:
+        """The autoencoder that the stage of that name made, frozen."""
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(self.work / "vae", local_files_only=True)
+        return vae.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @cached_property
+    def vae_digest(self) -> str:
+        """The first digits of the hash of the autoencoder's weights: latents and states of another one are of no use."""
+        file = self.work / "vae" / "diffusion_pytorch_model.safetensors"
+        if not file.is_file():
+            raise UserError(str(file.parent), "must hold the autoencoder", next_step="run the stage vae to its end first")
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+    def run(self, stage: str) -> None:
+        """Does one stage, or all of them in order."""
+        for name in STAGES if stage == "all" else [stage]:
+            getattr(self, f"stage_{name}")()
+
+    def stage_data(self) -> None:
+        """Renders the training stream."""
+        render_stream(self.work / "data", self.renders, self.workers, self.say, self.shard)
+
+    def stage_tokenizer(self) -> None:
+        """Builds the tokenizer from the world's words."""
+        from dreambooth.lab.pretraining.tokenizer import build_tokenizer, save_tokenizer
+
+        tokenizer = build_tokenizer(vocabulary())
+        save_tokenizer(tokenizer, self.work / "tokenizer")
+        self.say(f"tokenizer: {len(vocabulary())} words, {len(tokenizer)} tokens, at most {tokenizer.model_max_length} a prompt")
+
+    def stage_vae(self) -> None:
+        """Trains the autoencoder and brings its latents to mean 0 and deviation 1."""
+        from dreambooth.lab.pretraining.autoencoder import AutoencoderJob, standardize_latents
+
+        job = AutoencoderJob(self.recipe("vae"), self.stream, self.judged, self.place)
+        training, folder = Training(job, self.budget("vae"), self.place, self.say), self.work / "vae"
+        if not training.is_done:
+            shutil.rmtree(folder, ignore_errors=True)
+        vae = training.run()["vae"]
+        if not folder.is_dir():  # one that is there stays as it is, to the byte: what comes after rests on it
+            standardize_latents(vae, self.stream)
+            unfinished = self.work / ".vae.tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            vae.save_pretrained(unfinished)
+            unfinished.rename(folder)
+
+    def stage_scorers(self) -> None:
+        """Trains the identity encoder, then the image and text encoders, and writes them."""
+        from dreambooth.lab.pretraining.card import write_scorers
+        from dreambooth.lab.pretraining.scoring import CaptionJob, IdentityJob
+
+        identity = IdentityJob(self.recipe("identity"), self.layout, self.stream, self.judged, self.vae, self.place)
+        networks = Training(identity, self.budget("identity"), self.place, self.say).run()
+        captions = CaptionJob(self.recipe("captions"), self.layout, self.tokenizer, self.stream, self.judged, self.vae, self.place)
+        networks |= Training(captions, self.budget("captions"), self.place, self.say).run()
+        write_scorers(self.output / "scorers", networks, self.layout, self.tokenizer)
+        self.say(f"scorers: wrote {self.output / 'scorers'}")
+
+    def stage_base(self) -> None:
+        """Trains the UNet with its text encoder, and writes the diffusers folder."""
+        from dreambooth.lab.pretraining.card import check_size, write_base
+        from dreambooth.lab.pretraining.denoiser import DenoiserJob, Latents
+
+        recipe = self.recipe("base")
+        self.say(f"base: latents of {len(self.stream)} pictures and their mirror images")
+        latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, self.say)
+        shown = [f"a photo of a {noun} {context}" for noun in TRAINED_CLASSES[:6] for context in TRAINED_CONTEXTS[:6]]
+        job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, shown, self.place)
+        networks = Training(job, self.budget("base"), self.place, self.say).run()
+        write_base(self.output / "base", networks["unet"], networks["text_encoder"], self.vae, self.tokenizer)
+        self.say(f"base: wrote {self.output / 'base'}; {check_size(self.output) / 1e6:.1f} MB of weights in all")
+
+    def stage_card(self) -> None:
+        """Measures the folder and writes the model card."""
+        from dreambooth.lab.pretraining.card import write_card
+        from dreambooth.lab.quality import TITLES, report
+
+        found = report(self.output, self.quality_seeds, str(self.device), self.work / "quality" / "quality.json", self.subjects)
+        self.say(f"card: wrote {write_card(self.output, self.work, found, TITLES)}")
+
+
+def parse_changes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns settings by network from words like base.batch_size=256 (the value is JSON); UserError for an unknown name."""
+    changes: dict[str, dict[str, Any]] = {}
+    for word in given:
+        path, _, value = word.partition("=")
+        network, _, key = path.partition(".")
+        if key not in RECIPES.get(network, {}):
+            raise UserError("--set", "must name a setting of vae, identity, captions or base", word, "write it like base.batch_size=256")
+        changes.setdefault(network, {})[key] = json.loads(value)
+    return changes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 1 after an error that the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m dreambooth.lab.pretrain", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the weights; the same folder continues")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--images", type=int, help="stage data: pictures to render; training stages: pictures to train on, instead of --minutes")
+    parser.add_argument("--renders", type=int, help=f"pictures to render and to draw from; {RENDERS} on a GPU, {RENDERS_CPU} without")
+    parser.add_argument("--minutes", type=float, help=f"of the training stage, or of all of them; {MINUTES:g} on a GPU, {MINUTES_CPU:g} without")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=8, help="stage card: pictures of each class in each place")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for vae and base: a minute at the start, faster steps")
+    parser.add_argument("--set", action="append", default=[], metavar="NETWORK.KEY=VALUE", help="another value of a recipe, as base.batch_size=256")
+    given = parser.parse_args(arguments)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
+    on_gpu = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    minutes = given.minutes or (MINUTES if on_gpu else MINUTES_CPU)
+    renders = given.renders or (given.images if given.stage == "data" else None) or (RENDERS if on_gpu else RENDERS_CPU)
+    try:
+        run = Pretraining(
+            given.output, device, renders, given.images, minutes, given.workers, given.seed, given.compile, given.stage != "all", given.seeds,
+            changes=parse_changes(given.set), say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+        length = f"{given.images} images" if given.images else f"{minutes:g} minutes of training"
+        run.say(f"stage {given.stage} on {device}: {renders} renders, {length}, beside rendering and measuring; the same command continues")
+        run.run(given.stage)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

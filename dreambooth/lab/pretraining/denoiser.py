@@ -1,0 +1,201 @@
+"""Stage base: a stock UNet2DConditionModel and CLIPTextModel, from scratch, on the latents of the lab's autoencoder.
+
+The network predicts the clean latents (`prediction_type="sample"`), weighted by 1 / sigma^2 up to a cap: the loss of v-prediction without
+its steep part at low noise (Salimans & Ho 2022). The two differ only in what the last layer must put out; clean latents are the simpler
+target for a small network, since they hold no noise that it would have to carry through, and the measured DreamBooth settings of the lab
+were found with it.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dreambooth.base.stable_diffusion import StableDiffusionModel
+from dreambooth.diffusion import add_noise, capped_velocity_weight, prediction_target, scaled_linear_alphas_cumprod
+from dreambooth.errors import UserError
+from dreambooth.files import write_with
+from dreambooth.grids import image_grid
+from dreambooth.lab.measures import sharpness, to_bytes
+from dreambooth.lab.pretraining.data import Renders
+from dreambooth.lab.pretraining.tokenizer import token_ids
+from dreambooth.lab.pretraining.training import DENOISER, Job, Place, Say, generator, precision
+from dreambooth.randomness import SAMPLING, normal
+
+PREDICTION_TYPE = "sample"
+SHOWN_STEPS, SHOWN_GUIDANCE = 20, 3.0
+
+
+def new_unet(widths: tuple[int, ...], channels: int, text_width: int, groups: int, cells: int) -> Any:
+    """Returns an untrained UNet2DConditionModel that attends to the text on all levels but the finest."""
+    from diffusers import UNet2DConditionModel
+
+    attends = [level > 0 for level in range(len(widths))]
+    unet = UNet2DConditionModel(
+        sample_size=cells,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        cross_attention_dim=text_width,
+        attention_head_dim=[max(1, width // 32) for width in widths],  # diffusers reads it as the number of heads
+        norm_num_groups=groups,
+    )
+    with torch.no_grad():  # every block begins near the identity, and the first prediction near the mean
+        for name, weight in unet.named_parameters():
+            if name.endswith(("conv2.weight", "proj_out.weight")):
+                weight *= 0.2
+        unet.conv_out.weight *= 0.1
+    return unet
+
+
+def new_text_model(width: int, layers: int, tokenizer: Any) -> Any:
+    """Returns an untrained CLIPTextModel for the tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=width * 3,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 32),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_scheduler() -> Any:
+    """Returns the sampler that the folder names: DPM-Solver++ (2M), good from 16 steps."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=PREDICTION_TYPE,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+class Latents:
+    """The moments of the latents of all renders and of their mirror images, computed once and kept in one file as float16.
+
+    Args:
+        file: where to.
+        vae: the trained autoencoder.
+        renders: the pictures.
+        say: gets a line now and then.
+    """
+
+    def __init__(self, file: Path, vae: Any, renders: Renders, say: Say) -> None:
+        self.device, self.say = renders.device, say
+        channels, cells = 2 * vae.config.latent_channels, 64 // 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = (len(renders), 2, channels, cells, cells)
+        if not file.is_file() or np.load(file, mmap_mode="r").shape != shape:
+            write_with(file, lambda path: self._encode(path, shape, vae, renders))
+        stored = np.load(file, mmap_mode="r" if self.device.type == "cpu" else None)
+        self.moments = stored if self.device.type == "cpu" else torch.from_numpy(stored).to(self.device)
+
+    @torch.no_grad()
+    def _encode(self, path: Path, shape: tuple[int, ...], vae: Any, renders: Renders) -> None:
+        stored, start, last = np.lib.format.open_memmap(path, "w+", np.float16, shape), time.monotonic(), 0.0
+        for part in torch.arange(shape[0], device=self.device).split(512):
+            pictures = renders.pixels(part)
+            for mirrored in range(2):
+                moments = vae.encode(pictures.flip(-1) if mirrored else pictures).latent_dist.parameters
+                stored[int(part[0]) : int(part[-1]) + 1, mirrored] = moments.half().cpu().numpy()
+            done, spent = int(part[-1]) + 1, time.monotonic() - start
+            if spent - last > 10:
+                last = spent
+                self.say(f"base: latents of {done} of {shape[0]} pictures, about {spent / done * (shape[0] - done):.0f} s left")
+        stored.flush()
+
+    def sample(self, index: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+        """Returns samples of the posteriors, (B, C, h, w) float32."""
+        if isinstance(self.moments, np.ndarray):
+            moments = torch.from_numpy(self.moments[index.numpy(), mirrored.numpy()])
+        else:
+            moments = self.moments[index, mirrored]
+        mean, log_variance = moments.float().chunk(2, 1)
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+
+
+class DenoiserJob(Job):
+    """The training of the UNet with its text encoder."""
+
+    name = "base"
+
+    def __init__(self, recipe: dict[str, Any], tokenizer: Any, vae: Any, renders: Renders, latents: Latents, shown: list[str], place: Place) -> None:
+        self.recipe, self.tokenizer, self.vae, self.renders = recipe, tokenizer, vae, renders
+        self.latents, self.shown, self.place = latents, shown, place
+        self.batch_size, self.matrix_lr, self.other_lr = recipe["batch_size"], recipe["matrix_lr"], recipe["other_lr"]
+        self.shape = (vae.config.latent_channels, *latents.moments.shape[-2:])
+        torch.manual_seed(place.seed + 3)
+        unet = new_unet(tuple(recipe["widths"]), self.shape[0], recipe["text_width"], recipe["groups"], self.shape[-1])
+        self.networks = {"unet": unet, "text_encoder": new_text_model(recipe["text_width"], recipe["text_layers"], tokenizer)}
+        self.tokens = token_ids(tokenizer, [row.caption for row in renders.rows]).to(place.device)  # (N, L)
+        self.no_words = token_ids(tokenizer, [""])[0].to(place.device)  # (L,)
+        self.alphas_cumprod = scaled_linear_alphas_cumprod().to(place.device)
+        self._forward = torch.compile(unet) if place.compiled else unet
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        draws, device, batch = generator(self.place, DENOISER, step), self.place.device, self.batch_size
+        index = torch.randint(len(self.renders), (batch,), generator=draws, device=device)
+        mirrored = torch.randint(2, (batch,), generator=draws, device=device)
+        posterior, noise = torch.randn(2, batch, *self.shape, generator=draws, device=device)
+        t = torch.randint(len(self.alphas_cumprod), (batch,), generator=draws, device=device)
+        is_mute = torch.rand(batch, generator=draws, device=device) < self.recipe["caption_dropout"]
+        tokens = torch.where(is_mute[:, None], self.no_words, self.tokens[index])
+        x0 = self.latents.sample(index, mirrored, posterior)
+        noisy = add_noise(x0, noise, t, self.alphas_cumprod).contiguous(memory_format=torch.channels_last)
+        with precision(device):
+            pred = self._forward(noisy, t, self.networks["text_encoder"](tokens).last_hidden_state).sample
+        target = prediction_target(PREDICTION_TYPE, x0, noise, t, self.alphas_cumprod)
+        weight = capped_velocity_weight(t, self.alphas_cumprod, self.recipe["weight_cap"], PREDICTION_TYPE)
+        return (weight * (pred.float() - target).pow(2).flatten(1).mean(1)).mean(), {}
+
+    @torch.no_grad()
+    def measure(self, averages: dict[str, nn.Module]) -> tuple[dict[str, float], Image.Image]:
+        model = assemble(averages["unet"], averages["text_encoder"], self.vae, self.tokenizer)
+        pictures = draw(model, self.shown, [(0, number) for number in range(len(self.shown))])
+        real = self.renders.pixels(torch.arange(min(256, len(self.renders)), device=self.place.device))
+        rows = [to_bytes(pictures[first : first + 12]) for first in range(0, len(pictures), 12)]
+        return {"sharpness_ratio": float(sharpness(pictures).mean() / sharpness(real).mean().cpu())}, image_grid(rows, scale=2)
+
+
+def assemble(unet: Any, text_encoder: Any, vae: Any, tokenizer: Any) -> StableDiffusionModel:
+    """Returns the parts as one base model."""
+    return StableDiffusionModel(unet=unet, text_encoder=text_encoder, vae=vae, tokenizer=tokenizer, scheduler=new_scheduler())
+
+
+@torch.no_grad()
+def draw(
+    model: StableDiffusionModel,
+    prompts: list[str],
+    keys: list[tuple[int, ...]],
+    steps: int = SHOWN_STEPS,
+    guidance: float = SHOWN_GUIDANCE,
+    batch: int = 64,
+) -> Tensor:
+    """Returns one picture a prompt by the folder's own sampler, (N, 3, H, W) in [-1, 1] on the CPU; each depends on its prompt and key alone."""
+    if len(prompts) != len(keys):
+        raise UserError("prompts and keys", "must have the same length", (len(prompts), len(keys)), "give one key a prompt")
+    pipeline, pictures = model.pipeline(), []
+    for first in range(0, len(prompts), batch):
+        own = slice(first, first + batch)
+        latents = torch.stack([normal(model.latent_shape(), SAMPLING, *key) for key in keys[own]]).to(model.device, model.unet.dtype)
+        output = pipeline(prompts[own], num_inference_steps=steps, guidance_scale=guidance, latents=latents, output_type="np")
+        pictures.append(torch.from_numpy(output.images).permute(0, 3, 1, 2) * 2 - 1)
+    return torch.cat(pictures).float()

@@ -1,0 +1,114 @@
+"""Muon for the matrices of a network, AdamW for the rest, the course of the learning rate, and the average of the weights."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan 2024
+ITERATIONS = 5
+SMALLEST_SIDE = 16  # matrices below this gain nothing from being made orthogonal
+ENDS = ("emb", "conv_in", "conv_out", "quant_conv", "stem", "head", "projection", "logit_scale")  # first and last layers, embeddings: AdamW
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Returns the matrices (K, m, n) with all their singular values near 1, by Newton-Schulz iteration: in bfloat16 on a GPU.
+
+    On a CPU it is in float32, as many have no fast bfloat16 (10 times slower on one of ours).
+
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each weight matrix is made orthogonal; a convolution counts as (out, in * kernel).
+
+    torch.optim.Muon (2.13) takes matrices only, no convolutions, and works through them one by one; this one takes all weights of one
+    shape in one batched product, which is what makes it cheap on a GPU. On a single matrix the two agree (a test holds that).
+
+    Args:
+        params: weights of two dimensions or more.
+        lr: length of the update, as a spectral norm.
+        momentum: share of the past in the (Nesterov) momentum, in [0, 1).
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves every weight that has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    shapes.setdefault((len(weight), weight[0].numel()), []).append(weight)
+            for (rows, columns), weights in shapes.items():
+                updates = torch.stack([self._momentum(weight, group["momentum"]).reshape(rows, columns) for weight in weights])  # (K, m, n)
+                scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for weight, update in zip(weights, orthogonalize(updates), strict=True):
+                    weight.add_(update.reshape(weight.shape), alpha=-scale)
+
+    def _momentum(self, weight: nn.Parameter, momentum: float) -> Tensor:
+        """Returns the Nesterov momentum of one weight, and keeps the plain one."""
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight.grad)
+        state["momentum"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(state["momentum"], momentum)
+
+
+def make_optimizers(modules: Sequence[nn.Module], matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
+    """Returns Muon over the hidden matrices of the modules and AdamW over everything else.
+
+    Args:
+        modules: what is trained.
+        matrix_lr: of Muon; 0.02 in most reports. 0 leaves everything to AdamW.
+        other_lr: of AdamW.
+    """
+    hidden, others = [], []
+    for module in modules:
+        for name, weight in module.named_parameters():
+            is_matrix = weight.ndim >= 2 and min(len(weight), weight[0].numel()) >= SMALLEST_SIDE
+            is_hidden = matrix_lr > 0 and is_matrix and not any(end in name for end in ENDS)
+            (hidden if is_hidden else others).append(weight)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    return [*optimizers, Muon(hidden, matrix_lr)] if hidden else optimizers
+
+
+def learning_rate_factor(step: int, total: int | None, warmup: int = 100, constant: float = 0.5) -> float:
+    """Returns the share of the full learning rate at a step: a linear start, a constant stretch, a straight line to (nearly) zero.
+
+    Args:
+        step: from 0.
+        total: steps of the whole training; None while it is not yet known, which is only in the beginning.
+        warmup: steps of the start; never more than a tenth of all.
+        constant: share of all steps before the rate falls.
+    """
+    rise = min(1.0, (step + 1) / max(1, warmup if total is None else min(warmup, total // 10)))
+    if total is None:
+        return rise
+    left = (total - step) / max(1.0, total * (1 - constant))
+    return rise * min(1.0, max(0.0, left))
+
+
+def average_into(averages: Sequence[Tensor], weights: Sequence[Tensor], step: int, width: float = 0.05) -> None:
+    """Moves a running average of weights towards the present ones; it spans about `width` of all steps so far.
+
+    Unlike a fixed decay this needs no tuning to the length of the training (the power-function average of Karras et al. 2024, sec. 3.1).
+
+    Args:
+        averages, weights: tensors in the same order; the averages are changed.
+        step: from 0; the first step copies.
+    """
+    with torch.no_grad():
+        torch._foreach_lerp_(list(averages), list(weights), 1.0 / (1.0 + width * step))

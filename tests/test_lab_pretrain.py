@@ -1,0 +1,393 @@
+"""Pretraining at a toy size: the whole chain makes a folder that stock tools load, and a killed stage continues bit for bit."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dreambooth.base.stable_diffusion import StableDiffusion
+from dreambooth.errors import UserError
+from dreambooth.lab import measures, quality
+from dreambooth.lab.pretrain import Pretraining, main, parse_changes
+from dreambooth.lab.pretraining import card, training
+from dreambooth.lab.pretraining.autoencoder import AutoencoderJob, new_autoencoder, standardize_latents
+from dreambooth.lab.pretraining.data import BLOCK, Renders, draw_picture, held_out, render_stream
+from dreambooth.lab.pretraining.optimizers import Muon, average_into, learning_rate_factor, make_optimizers, orthogonalize
+from dreambooth.lab.pretraining.scoring import swap_color
+from dreambooth.lab.pretraining.tokenizer import MAX_TOKENS, build_tokenizer, merge_rules
+from dreambooth.lab.pretraining.training import Budget, Training
+from dreambooth.lab.scorers import LabScorers, Layout
+from dreambooth.lab.splits import RARE_TOKENS, TRAINED_CONTEXTS, draw_training_item, vocabulary
+
+TOY_LAYOUT = Layout(image_side=64, features=16, stem=8, blocks=((8, 2), (16, 2), (16, 2)), text_width=32, text_layers=1, text_heads=2)
+TOY = {
+    "vae": {"batch_size": 4, "widths": [8, 8, 16]},
+    "identity": {"batch_size": 8},
+    "captions": {"batch_size": 8},
+    "base": {"batch_size": 4, "widths": [32, 32, 32], "text_width": 32, "text_layers": 1},
+}
+CPU = torch.device("cpu")
+
+
+def toy(output: Path, images: int = 24) -> Pretraining:
+    return Pretraining(
+        output, CPU, renders=64, images=images, subjects=2, shard=32, layout=TOY_LAYOUT, changes=TOY, quality_seeds=1, is_one_stage=True
+    )
+
+
+@pytest.fixture(scope="module")
+def renders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 64 renders of the stream and the tokenizer, made once."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    toy(folder).run("data")
+    toy(folder).run("tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_world() -> pytest.MonkeyPatch:
+    """Three classes in three places, where a test draws or renders every one in every other."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("dreambooth.lab.pretrain", "dreambooth.lab.pretraining.card"):
+            patch.setattr(f"{module}.TRAINED_CLASSES", ("robot", "teapot", "car"))
+            patch.setattr(f"{module}.TRAINED_CONTEXTS", TRAINED_CONTEXTS[:3])
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def finished(renders: Path, small_world: pytest.MonkeyPatch) -> Path:
+    """The toy folder after all stages."""
+    for stage in ("vae", "scorers", "base", "card"):
+        toy(renders).run(stage)
+    return renders
+
+
+def test_pretrain_makes_a_folder_that_a_stock_pipeline_loads(finished: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(finished / "base", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a photo of a sks robot in the snow", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
+
+
+def test_pretrain_makes_a_base_of_the_lab(finished: Path) -> None:
+    choice = StableDiffusion(path=str(finished / "base"))
+    assert choice.is_lab() and choice.load().prediction_type == "sample"
+
+
+def test_pretrain_makes_scorers_that_load_with_their_own_layout(finished: Path) -> None:
+    scorers = LabScorers.load(finished / "scorers")
+    assert scorers.layout == TOY_LAYOUT
+    assert scorers.image(torch.zeros(2, 3, 64, 64)).shape == scorers.text(["a robot", "a sks car"]).shape == (2, 16)
+
+
+def test_scorers_refuse_a_config_that_is_no_layout(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"image_side": 64}')
+    with pytest.raises(UserError, match="config.json must hold the layout of the lab's scorers"):
+        LabScorers.load(tmp_path)
+
+
+def test_pretrain_writes_a_card_with_the_figures(finished: Path) -> None:
+    text = (finished / "README.md").read_text(encoding="utf-8")
+    measured = json.loads((finished / "work" / "quality" / "quality.json").read_text(encoding="utf-8"))
+    assert f"{measured['figures']['codec_psnr_db']['mean']:.3f}" in text
+    assert all(title in text for title in quality.TITLES.values())
+    assert "| base | 24 | 6 |" in text and "not finished" not in text
+
+
+def test_quality_gives_every_figure_and_the_blurred_control_fails(finished: Path) -> None:
+    figures = json.loads((finished / "work" / "quality" / "quality.json").read_text(encoding="utf-8"))["figures"]
+    assert set(figures) == set(quality.TITLES)
+    assert all(math.isfinite(figure["mean"]) for figure in figures.values())
+    assert figures["sharpness_ratio_blurred"]["mean"] < 0.7 < figures["sharpness_ratio_real"]["mean"]
+    assert figures["detail_distance_blurred"]["mean"] > 5 * abs(figures["detail_distance_real"]["mean"])
+    assert (finished / "work" / "quality" / "quality.png").is_file()
+
+
+def test_pretrain_continues_a_killed_stage_bit_for_bit(renders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between two saves loses the steps since the last one and nothing else."""
+    whole, torn = trainer(renders, tmp_path / "whole"), trainer(renders, tmp_path / "torn")
+    whole.run()
+    steps = 0
+
+    def die(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal steps
+        steps += 1
+        if steps > 4:
+            raise KeyboardInterrupt
+        torn.save()
+        return AutoencoderJob.loss(torn.job, step)
+
+    monkeypatch.setattr(torn.job, "loss", die)
+    with pytest.raises(KeyboardInterrupt):
+        torn.run()
+    again = trainer(renders, tmp_path / "torn")
+    assert again.step == 3
+    again.run()
+    for name in ("networks", "averages"):
+        one, other = (torch.load(part.state_file, weights_only=True)[name]["vae"] for part in (whole, again))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def trainer(renders: Path, work: Path, steps: int = 6) -> Training:
+    run = toy(renders)
+    job = AutoencoderJob(run.recipe("vae"), run.stream, held_out(["robot"], TRAINED_CONTEXTS, 1, 2), replace_folder(run, work))
+    return Training(job, Budget(images=4 * steps), job.place, lambda line: None)
+
+
+def replace_folder(run: Pretraining, work: Path) -> training.Place:
+    return run.place._replace(folder=work)
+
+
+def test_pretrain_says_that_a_finished_stage_is_done(renders: Path, tmp_path: Path) -> None:
+    trainer(renders, tmp_path, steps=2).run()
+    said: list[str] = []
+    again = trainer(renders, tmp_path, steps=2)
+    again.say = said.append
+    again.run()
+    assert len(said) == 1 and said[0].endswith("done already")
+
+
+def test_pretrain_leaves_a_finished_autoencoder_to_the_byte(finished: Path) -> None:
+    """Writing it again would make the states of base and scorers those of another autoencoder."""
+    file = finished / "work" / "vae" / "diffusion_pytorch_model.safetensors"
+    before = file.stat().st_mtime_ns
+    toy(finished).run("vae")
+    assert file.stat().st_mtime_ns == before
+
+
+def test_pretrain_refuses_a_state_of_another_recipe(renders: Path, tmp_path: Path) -> None:
+    trainer(renders, tmp_path, steps=1).run()
+    other = replace(toy(renders), seed=1)
+    with pytest.raises(UserError, match="vae.state must belong to the recipe that is asked for"):
+        Training(
+            AutoencoderJob(other.recipe("vae"), other.stream, None, replace_folder(other, tmp_path)),
+            Budget(images=4),
+            replace_folder(other, tmp_path),
+            print,
+        )
+
+
+def test_pretrain_plans_a_budget_in_minutes_from_the_speed(renders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SETTLING_STEPS", 2)
+    part = trainer(renders, tmp_path)
+    part.budget, part.total = Budget(minutes=2 / 60), None
+    part.run()
+    assert part.step == part.total and 0.5 < part.spent_s < 6
+
+
+@pytest.mark.parametrize("stage", ["vae", "identity", "captions", "base"])
+def test_pretrain_losses_fall_on_a_few_pictures(finished: Path, stage: str) -> None:
+    run = toy(finished)
+    run.renders = 32
+    part = Training(job(run, stage, finished), Budget(images=10**6), run.place._replace(folder=finished / "overfit"), print)
+    part.total = 40
+    losses = [float(part._advance()["loss"]) for _ in range(24)]
+    assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:4])
+
+
+def job(run: Pretraining, stage: str, folder: Path) -> training.Job:
+    from dreambooth.lab.pretraining.denoiser import DenoiserJob, Latents
+    from dreambooth.lab.pretraining.scoring import CaptionJob, IdentityJob
+
+    if stage == "vae":
+        return AutoencoderJob(run.recipe("vae"), run.stream, run.judged, run.place)
+    if stage == "identity":
+        return IdentityJob(run.recipe("identity"), run.layout, run.stream, run.judged, run.vae, run.place)
+    if stage == "captions":
+        return CaptionJob(run.recipe("captions"), run.layout, run.tokenizer, run.stream, run.judged, run.vae, run.place)
+    latents = Latents(folder / "work" / "few_latents.npy", run.vae, run.stream, print)
+    return DenoiserJob(run.recipe("base"), run.tokenizer, run.vae, run.stream, latents, ["a robot"], run.place)
+
+
+def test_rendering_continues_where_it_stopped(tmp_path: Path) -> None:
+    said: list[str] = []
+    render_stream(tmp_path, 8, 2, said.append, shard=4)
+    (tmp_path / "00001.npy").unlink()
+    before = (tmp_path / "00000.npy").stat().st_mtime_ns
+    render_stream(tmp_path, 8, 1, said.append, shard=4)
+    assert (tmp_path / "00000.npy").stat().st_mtime_ns == before
+    assert len(Renders(tmp_path, CPU)) == 8 and said[-2].startswith("data: 4 pictures to render")
+
+
+def test_rendering_refuses_a_folder_of_another_world(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"world": 0}')
+    with pytest.raises(UserError, match="plan.json must belong to world"):
+        render_stream(tmp_path, 4, 1, print, shard=4)
+
+
+def test_second_views_show_the_same_subject_elsewhere_without_accessory() -> None:
+    for block in range(40):
+        first, second = draw_picture(BLOCK * block), draw_picture(BLOCK * block + BLOCK - 1)
+        assert replace(first.subject, accessory=None) == second.subject
+        assert first.context != second.context and first.seed != second.seed
+        assert first.context not in second.caption and (first.context in first.caption) == (second.context in second.caption)
+
+
+def test_tokenizer_gives_one_token_to_every_word() -> None:
+    tokenizer = build_tokenizer(vocabulary())
+    assert [word for word in (*vocabulary(), *RARE_TOKENS) if len(tokenizer(word, add_special_tokens=False).input_ids) != 1] == []
+
+
+def test_tokenizer_survives_the_disk_with_stock_names(renders: Path) -> None:
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    words = "a photo of a sks robot wearing a hat, in the snow: ünicorn 7"
+    ids = build_tokenizer(vocabulary())(words, padding="max_length").input_ids
+    folder = renders / "work" / "tokenizer"
+    assert {"vocab.json", "merges.txt", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    for kind in (AutoTokenizer, CLIPTokenizer):
+        loaded = kind.from_pretrained(folder)
+        assert loaded(words, padding="max_length").input_ids == ids and loaded.model_max_length == MAX_TOKENS
+
+
+def test_no_caption_holds_a_rare_token_or_is_cut() -> None:
+    tokenizer = build_tokenizer(vocabulary())
+    captions = {draw_training_item(index).caption for index in range(1500)}
+    assert not {word for words in captions for word in words.split()} & set(RARE_TOKENS)
+    assert max(len(tokenizer(words).input_ids) for words in captions) < MAX_TOKENS
+
+
+def test_merge_rules_by_hand() -> None:
+    assert merge_rules(["at", "hat"]) == [("a", "t</w>"), ("h", "at</w>")]
+
+
+def test_standardized_latents_have_mean_zero_and_decode_the_same(renders: Path) -> None:
+    torch.manual_seed(0)
+    vae = new_autoencoder((8, 16, 16), 4, 8)
+    stream = Renders(renders / "work" / "data", CPU)
+    pictures = stream.pixels(torch.arange(len(stream)))
+    with torch.no_grad():
+        before = vae.encode(pictures).latent_dist
+        decoded = vae.decode(before.mean).sample
+        standardize_latents(vae, stream)
+        after = vae.encode(pictures).latent_dist
+        assert torch.allclose(vae.decode(after.mean).sample, decoded, atol=1e-4)
+    mean, variance = (values.transpose(0, 1).flatten(1) for values in (after.mean, after.var))
+    assert torch.allclose(mean.mean(1), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(mean.var(1) + variance.mean(1), torch.ones(4), atol=1e-3)
+    assert torch.allclose(after.std / before.std, (after.std / before.std)[:1, :, :1, :1].expand_as(after.std), rtol=1e-3)
+
+
+def test_muon_agrees_with_torch_on_a_matrix() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(24, 40), torch.randn(3, 24, 40)
+    own, stock = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [Muon([own], lr=0.02), torch.optim.Muon([stock], lr=0.02, weight_decay=0.0)]
+    for gradient in gradients:
+        for weight, optimizer in zip((own, stock), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(own, stock, atol=2e-3) and not torch.allclose(own, start, atol=2e-2)
+
+
+def test_orthogonalize_brings_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0))))
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_muon_gets_hidden_matrices_only() -> None:
+    network = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(16, 16, 3), "hidden": torch.nn.Conv2d(16, 16, 3), "norm": torch.nn.GroupNorm(4, 16)})
+    adamw, muon = make_optimizers([network], 0.02, 1e-3)
+    assert [weight.shape for weight in muon.param_groups[0]["params"]] == [(16, 16, 3, 3)]
+    assert len(adamw.param_groups[0]["params"]) == 5
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    factors = [learning_rate_factor(step, 1000) for step in (0, 49, 99, 500, 750, 999)]
+    assert factors == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.5, 0.002])
+    assert learning_rate_factor(9, None) == 0.1
+
+
+def test_average_begins_as_a_copy() -> None:
+    average = [torch.zeros(2)]
+    average_into(average, [torch.ones(2)], 0)
+    assert torch.equal(average[0], torch.ones(2))
+    average_into(average, [torch.zeros(2)], 20)
+    assert torch.allclose(average[0], torch.full((2,), 0.5))
+
+
+def test_swapped_colors_are_other_colors_and_nothing_else_changes() -> None:
+    tokens, colors = torch.tensor([[1, 50, 3, 9], [1, 2, 3, 9], [51, 52, 3, 9]]), torch.tensor([50, 51, 52])
+    swapped, has_color = swap_color(tokens, colors, torch.Generator().manual_seed(0))
+    assert has_color.tolist() == [True, False, True]
+    assert (swapped != tokens).sum(1).tolist() == [1, 0, 1]
+    assert set(swapped[swapped != tokens].tolist()) <= set(colors.tolist())
+
+
+def test_psnr_by_hand() -> None:
+    pictures = torch.zeros(2, 3, 4, 4)
+    decoded = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), -0.02)])
+    assert measures.psnr(decoded, pictures).tolist() == pytest.approx([20.0, 40.0], abs=1e-3)  # 10 log10(4 / 0.04), 10 log10(4 / 0.0004)
+
+
+def test_kernel_distance_by_hand() -> None:
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [2.0]])
+    assert float(measures.kernel_distance(x, y)) == pytest.approx(1 + 1 - 2 * (1 + 1 + 1 + 27) / 4)
+
+
+def test_auc_by_hand() -> None:
+    features = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), dim=1)
+    assert measures.same_subject_auc(features, "aabb", "xxxx").tolist() == [1.0, 1.0]
+    assert measures.same_subject_auc(features[[0, 2, 1, 3]], "aabb", "xxxx").tolist() == [0.0, 0.5]  # cosines 0 and 0.198 against 0.995, 0.0995
+    assert torch.isnan(measures.same_subject_auc(features, "aabb", "xxyy")).all()
+
+
+def test_retrieval_counts_equal_captions_as_right() -> None:
+    images = torch.eye(2)
+    assert measures.caption_retrieval(images, images.flip(0), ["p", "q"], 2).tolist() == [0.0, 0.0]
+    assert measures.caption_retrieval(images, images.flip(0), ["p", "p"], 2).tolist() == [1.0, 1.0]
+
+
+def test_noise_does_not_pass_for_sharpness() -> None:
+    """A blurred picture with noise has the strength of the finest octave back, but not its sparseness."""
+    real = held_out(["robot", "car"], TRAINED_CONTEXTS[:4], 4, 3).pixels
+    noisy = measures.blur(real, 1.0) + 0.08 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    reference = measures.detail(real)
+    middle, scale = reference.mean(0), reference.std(0)
+    distance = measures.kernel_distance((measures.detail(noisy) - middle) / scale, (reference - middle) / scale)
+    assert float(distance) > 1.0
+
+
+def test_weights_above_the_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "a.safetensors").write_bytes(b"0" * 100)
+    monkeypatch.setattr(card, "LIMIT_BYTES", 99)
+    with pytest.raises(UserError, match="must hold at most 0 MB of weights"):
+        card.check_size(tmp_path)
+
+
+def test_full_size_weights_stay_below_the_limit() -> None:
+    from dreambooth.lab.pretrain import RECIPES, SCORER_LAYOUT
+    from dreambooth.lab.pretraining.denoiser import new_text_model, new_unet
+    from dreambooth.lab.scorers import ImageEncoder, new_text_encoder
+
+    tokenizer, base, vae = build_tokenizer(vocabulary()), RECIPES["base"], RECIPES["vae"]
+    with torch.device("meta"):
+        networks = [new_autoencoder(tuple(vae["widths"]), vae["channels"], vae["groups"]), ImageEncoder(SCORER_LAYOUT), ImageEncoder(SCORER_LAYOUT)]
+        networks += [new_text_encoder(SCORER_LAYOUT, tokenizer), new_text_model(base["text_width"], base["text_layers"], tokenizer)]
+        networks += [new_unet(tuple(base["widths"]), vae["channels"], base["text_width"], base["groups"], 16)]
+    parameters = sum(weight.numel() for network in networks for weight in network.parameters())
+    assert 2 * parameters < 0.99 * card.LIMIT_BYTES
+
+
+def test_changes_of_the_recipe_are_parsed_and_checked() -> None:
+    assert parse_changes(["base.batch_size=256", "vae.widths=[8,8]"]) == {"base": {"batch_size": 256}, "vae": {"widths": [8, 8]}}
+    with pytest.raises(UserError, match="--set must name a setting of vae, identity, captions or base, got 'base.batch=1'"):
+        parse_changes(["base.batch=1"])
+
+
+def test_a_stage_before_its_turn_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path), "--stage", "vae", "--device", "cpu", "--images", "4"]) == 1
+    assert "must hold 79 files of renders, got 0; run the stage data first, or ask for fewer --renders" in capsys.readouterr().err
+
+
+def test_quality_of_a_folder_that_is_not_the_labs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quality.main([str(tmp_path)]) == 1
+    assert "must hold base/lab.json, as dreambooth/lab/weights does" in capsys.readouterr().err
