@@ -23,6 +23,7 @@ from dreambooth.config import CHOICES, choice_name
 from dreambooth.errors import ConfigError, UserError
 
 BAD_INPUT = 2  # exit status for an input that cannot be used
+SEE_ALL = "see them all: python train.py --cfg job"
 FAILED_JOBS: list[str] = []  # what was said of the jobs of this process that failed
 
 
@@ -82,7 +83,7 @@ def _typed(cfg: DictConfig) -> Any:
     except AttributeError as error:  # a key that was forced in with +
         kind, key = re.findall(r"'(\w+)'", str(error))[:2]
         section = next((f"{name}." for name in cfg if OmegaConf.is_config(cfg[name]) and OmegaConf.get_type(cfg, name).__name__ == kind), "")
-        raise ConfigError(section + key, "must be a setting that exists", None, "see them all: python train.py --cfg job") from error
+        raise ConfigError(section + key, "must be a setting that exists", None, SEE_ALL) from error
 
 
 def explain(error: BaseException) -> str | None:
@@ -108,29 +109,13 @@ def _explain_config(error: Exception) -> str:
     if unknown := re.search(r"Key '([^']+)' not in '([^']+)'", text):
         path = (re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text) or unknown)[1]
         near = _near(unknown[1], unknown[2])
-        next_step = f"did you mean {path.removesuffix(unknown[1])}{near}?" if near else "see them all: python train.py --cfg job"
+        next_step = f"did you mean {path.removesuffix(unknown[1])}{near}?" if near else SEE_ALL
         return f"{path} must be a setting that exists; {next_step}"
-    if wrong := re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+)[\s\S]*?full_key: (\S+)", text):
-        return f"{wrong[3]} must be {_kind(wrong[2])}, got {wrong[1]!r}; write it like {wrong[3]}={_example(wrong[2])}"
-    if choice := re.search(r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '\w+':\s*([\s\S]*?)(?:\nConfig search path|\Z)", text):
-        return f"{choice[1]} must be one of {', '.join(choice[3].split())}, got {choice[2]!r}; choose one of them"
-    if missing := re.search(r"(?i)missing mandatory value: (\S+)", text):
-        return f"{missing[1]} must be set; write {missing[1]}=..."
-    if odd := re.search(r"Value '([^']*)' is not a valid bool[\s\S]*?full_key: (\S+)", text):
-        return f"{odd[2]} must be true or false, got {odd[1]!r}; write it like {odd[2]}=true"
-    if none := re.search(r"field '[^']*' is not Optional[\s\S]*?full_key: (\S+)", text):
-        return f"{none[1]} must have a value, got null; leave it out for the default"
-    if one := re.search(r"is not a ListConfig, list or tuple[\s\S]*?full_key: (\S+)", text):
-        return f'{one[1]} must be a list; write it like \'{one[1]}=["first","second"]\''
-    if several := re.search(r"Ambiguous value for argument '([^=']+)=", text):
-        return f"{several[1]} must be quoted when it holds a comma; write it like '{several[1]}=\"one, two\"', or add -m to sweep over the values"
-    if "missing EQUAL at '<EOF>'" in text:
-        return "the command line must be words of the form setting=value; see the settings: python train.py --cfg job"
-    if "override_grammar" in text:
-        example = "'prompt=\"a {subject} in the snow\"'"
-        return f"text with braces, brackets, quotes or = must be quoted twice, for the shell and for Hydra; write it like {example}"
+    for pattern, answer in ANSWERS:
+        if found := re.search(pattern, text):
+            return answer(found)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"the command line must fit the config: {' '.join(dict.fromkeys(lines))[:400]}; see the settings: python train.py --cfg job"
+    return f"the command line must fit the config: {' '.join(dict.fromkeys(lines))[:400]}; {SEE_ALL}"
 
 
 def _near(key: str, section: str) -> str | None:
@@ -149,6 +134,35 @@ def _kind(omegaconf_type: str) -> str:
 
 def _example(omegaconf_type: str) -> str:
     return {"Integer": "100", "Float": "1e-5", "Boolean": "true"}.get(omegaconf_type, "...")
+
+
+KEY = r"[\s\S]*?full_key: (\S+)"  # where OmegaConf says which setting it was
+ANSWERS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (  # what Hydra and OmegaConf say, by pattern -> our sentence
+    (
+        r"Value '([^']*)' of type '[^']*' could not be converted to (\w+)" + KEY,
+        lambda m: f"{m[3]} must be {_kind(m[2])}, got {m[1]!r}; write it like {m[3]}={_example(m[2])}",
+    ),
+    (
+        r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '\w+':\s*([\s\S]*?)(?:\nConfig search path|\Z)",
+        lambda m: f"{m[1]} must be one of {', '.join(m[3].split())}, got {m[2]!r}; choose one of them",
+    ),
+    (r"(?i)missing mandatory value: (\S+)", lambda m: f"{m[1]} must be set; write {m[1]}=..."),
+    (r"Value '([^']*)' is not a valid bool" + KEY, lambda m: f"{m[2]} must be true or false, got {m[1]!r}; write it like {m[2]}=true"),
+    (r"field '[^']*' is not Optional" + KEY, lambda m: f"{m[1]} must have a value, got null; leave it out for the default"),
+    (r"is not a ListConfig, list or tuple" + KEY, lambda m: f'{m[1]} must be a list; write it like \'{m[1]}=["first","second"]\''),
+    (
+        r"Ambiguous value for argument '([^=']+)=",
+        lambda m: f"{m[1]} must be quoted when it holds a comma; write it like '{m[1]}=\"one, two\"', or add -m to sweep over the values",
+    ),
+    (r"missing EQUAL at '<EOF>'", lambda m: f"the command line must be words of the form setting=value; {SEE_ALL}"),
+    (
+        r"override_grammar",
+        lambda m: (
+            "text with braces, brackets, quotes or = must be quoted twice, for the shell and for Hydra; "
+            "write it like 'prompt=\"a {subject} in the snow\"'"
+        ),
+    ),
+)
 
 
 def _say(sentence: str) -> None:
