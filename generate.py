@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from dreambooth.config import GenerateConfig
-from dreambooth.final_scores import write_grid
+from dreambooth.files import write_png
 from dreambooth.generation import generate, pick_device, save_png
 from dreambooth.grids import image_grid
 from dreambooth.runs import load, read_run
@@ -39,7 +39,7 @@ def draw(config: GenerateConfig) -> list[Path]:
         for k, image in enumerate(images)
     ]
     rows = [list(images[start : start + 4]) for start in range(0, len(images), 4)]
-    files.append(write_grid(folder / f"{slug}-{config.weights}-{config.seed}-grid.png", image_grid(rows)))
+    files.append(write_png(folder / f"{slug}-{config.weights}-{config.seed}-grid.png", image_grid(rows)))
     print("\n".join(f"written: {path}" for path in files))
     return files
 

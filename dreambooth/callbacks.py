@@ -16,8 +16,7 @@ from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.errors import UserError
 from dreambooth.evaluation import Item, draw, image_names, save_images, score, selection_plan
-from dreambooth.files import write_with
-from dreambooth.final_scores import write_grid
+from dreambooth.files import write_png, write_with
 from dreambooth.grids import image_grid
 from dreambooth.module import DreamBoothModule
 from dreambooth.runs import MetricsFile, RunFolder, save_weights
@@ -91,13 +90,14 @@ class SelectionScores(pl.Callback):
             values = score(images, self.plan, self.subject, self.encoders).values if self.encoders else {}
             scores = StepScores(step, *(values.get(key, float("nan")) for key in SCORE_KEYS[:4]))
             self.rows = [row for row in self.rows if row.step < step] + [scores]
+            grid = step_grid(self.plan, images)
             row = {f"score/{key}": value for key, value in values.items()} | {"score/evaluated": 1.0}
             for logger in trainer.loggers:
                 logger.log_metrics(row, step)
                 if hasattr(logger, "log_image"):
-                    logger.log_image("samples/selection", [step_grid(self.plan, images)], step=step)
-            write_grid(self.run.path / "samples" / f"step-{step:06d}.png", step_grid(self.plan, images))
-            write_grid(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
+                    logger.log_image("samples/selection", [grid], step=step)
+            write_png(self.run.path / "samples" / f"step-{step:06d}.png", grid)
+            write_png(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
             if self.choice().step == step:
                 save_weights(self.run, "best", module.base, step)
             if step == self.config.trainer.max_steps:
@@ -201,7 +201,8 @@ def last_state(run: RunFolder, metrics: MetricsFile) -> Path | None:
     if run.resume_state is None:
         metrics.truncate(-1)
         return None
-    metrics.truncate(torch.load(run.resume_state, map_location="cpu", weights_only=True)["global_step"])
+    state = torch.load(run.resume_state, map_location="cpu", weights_only=True, mmap=True)  # the step alone: the weights stay on disk
+    metrics.truncate(state["global_step"])
     return run.resume_state
 
 

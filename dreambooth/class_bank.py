@@ -90,7 +90,7 @@ def draw_bank(config: Config, base: BaseModel, base_digest: str, on_progress: Ca
     folder = Path(config.output_dir) / "class_banks" / f"{config.subject.class_noun.replace(' ', '_')}-{digest[:12]}"
     recipe = manifest(config, base_digest)
     if (folder / "manifest.json").is_file():
-        if _read(folder / "manifest.json") != json.loads(json.dumps(recipe)):
+        if _read(folder / "manifest.json") != recipe:
             raise UserError(str(folder), "holds class images of another recipe", None, "delete the folder; it will be drawn anew")
     else:
         write_json(folder / "manifest.json", recipe)

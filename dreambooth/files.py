@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dreambooth.errors import UserError
@@ -27,7 +29,10 @@ def write_with(path: Path, write: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's own; safetensors would leave the file for its owner's eyes alone
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -52,6 +57,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     return write_with(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def write_png(path: Path, picture: Image.Image, text: PngInfo | None = None) -> Path:
+    """Writes a picture as PNG, with text chunks if there are any, whole or not at all."""
+    return write_with(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=text))
 
 
 def require_free(folder: Path, needed_bytes: int, where: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from dreambooth.config import Config, to_plain
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.evaluation import Item, Scores, draw, final_plan, save_images, score
-from dreambooth.files import write_json, write_with
+from dreambooth.files import write_json, write_png, write_with
 from dreambooth.generation import pick_device
 from dreambooth.grids import image_grid
 from dreambooth.metrics import real_photo_oracle
@@ -78,7 +78,7 @@ def evaluate_run(
     }
     write_json(run.path / f"scores{suffix}.json", result)
     _write_per_image(run.path / f"scores{suffix}.parquet", steps, scores)
-    write_grid(run.path / "samples" / f"final_grid{suffix}.png", final_grid(photos, items, images, steps))
+    write_png(run.path / "samples" / f"final_grid{suffix}.png", final_grid(photos, items, images, steps))
     return result
 
 
@@ -94,11 +94,6 @@ def final_grid(photos: np.ndarray, items: Sequence[Item], images: dict[str, np.n
     rows = [list(photos[: len(columns)]) + [None] * (len(columns) - len(photos))] + [[images[arm][k] for k in columns] for arm in images]
     names = ["photos"] + [{"base": "un-tuned base", "best": f"best step {steps[arm]}", "final": f"last step {steps[arm]}"}[arm] for arm in images]
     return image_grid(rows, names, labels)
-
-
-def write_grid(path: Path, grid: Image.Image) -> Path:
-    """Writes a grid as PNG."""
-    return write_with(path, lambda temporary: grid.save(temporary, format="PNG"))
 
 
 def _row(arm: str, step: int, scores: Scores | None) -> dict[str, Any]:

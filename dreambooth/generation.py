@@ -14,7 +14,7 @@ from dreambooth import randomness
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Sampling
 from dreambooth.errors import ConfigError
-from dreambooth.files import write_with
+from dreambooth.files import write_png
 from dreambooth.samplers import scheduler
 
 
@@ -81,7 +81,7 @@ def save_png(path: Path, image: np.ndarray, recipe: dict[str, Any]) -> Path:
     """Writes an image (H, W, 3) with the recipe that made it as JSON in the PNG's text chunk `dreambooth`."""
     info = PngInfo()
     info.add_text("dreambooth", json.dumps(recipe, ensure_ascii=False))
-    return write_with(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG", pnginfo=info))
+    return write_png(path, Image.fromarray(image), info)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ scores.json, scores.parquet
 import csv
 import io
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -208,7 +209,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.columns = list(self.read()[0]) if self.read() else ["step"]
+        self.columns = list(next(iter(self.read()), ["step"]))
 
     def read(self) -> list[dict[str, str]]:
         """Returns the rows as text by column; a row that was cut off by a crash is left out."""
@@ -223,7 +224,7 @@ class MetricsFile:
         if new:
             self.columns += new
             self._rewrite(self.read())
-        elif not self.path.is_file() or not self.path.read_bytes().endswith(b"\n"):
+        elif not self._ends_whole():
             self._rewrite(self.read())  # a new file, or one whose last line a crash cut off
         with self.path.open("a", newline="", encoding="utf-8") as handle:
             csv.DictWriter(handle, self.columns).writerow({"step": step} | values)
@@ -231,6 +232,14 @@ class MetricsFile:
     def truncate(self, step: int) -> None:
         """Drops what was written after `step`: a run that continues from there writes it again."""
         self._rewrite([row for row in self.read() if int(row["step"]) <= step])
+
+    def _ends_whole(self) -> bool:
+        """Tells whether the file is there and its last line complete; reads one byte, as every step of a training asks."""
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return False
+        with self.path.open("rb") as handle:
+            handle.seek(-1, os.SEEK_END)
+            return handle.read(1) == b"\n"
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")

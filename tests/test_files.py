@@ -135,3 +135,10 @@ def test_require_free_refuses_a_disk_that_is_too_full_and_names_the_setting(tmp_
     require_free(tmp_path, 10**9, "output_dir")
     with pytest.raises(UserError, match=r"^output_dir must be on a disk with 2\.00 GB free for checkpoints, got '1\.00 GB'; "):
         require_free(tmp_path, 2 * 10**9, "output_dir")
+
+
+def test_written_weights_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    """safetensors leaves a file that only its owner can read: a run folder on a shared disk would hold weights that nobody else can load."""
+    (tmp_path / "plain").touch()
+    written = files.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -4,7 +4,6 @@ LDM is the code of Rombach et al. 2022 (CompVis/latent-diffusion). Its file hold
 has a CLIP text encoder under the names of transformers, Stable Diffusion 2 one under the names of OpenCLIP with query, key and value fused.
 """
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 from dreambooth.base.files import LDM_PREFIXES
 from dreambooth.base.protocol import BaseModel, quiet
 from dreambooth.errors import UserError
+from dreambooth.files import write_tensors
 
 StateDict = dict[str, Tensor]
 
@@ -79,27 +79,15 @@ def save_single_file(model: BaseModel, path: str | Path, dtype: torch.dtype = to
         UserError: another ending, or weights that the dtype cannot hold.
         ValueError: the model has tensors that LDM has no name for.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError("export path", "must end in .safetensors", str(path), "name another file")
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model_to_ldm(model).items()}
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in model_to_ldm(model).items()}
     lost = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if lost:
         raise UserError(str(path), f"cannot hold {lost[0]} in {dtype}: it is not finite there", next_step="take bfloat16 or float32")
     notes = {"format": "pt", "modelspec.prediction_type": MODELSPEC_PREDICTION[model.prediction_type], **(metadata or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the library would write it for the owner's eyes alone
-        save_file(tensors, temporary, metadata=notes)
-        temporary.chmod(mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_tensors(path, tensors, notes)
 
 
 def max_difference_after_reload(model: BaseModel, path: str | Path) -> float:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth.errors import UserError
-from dreambooth.files import write_json, write_with
+from dreambooth.files import write_json, write_png
 from dreambooth.grids import image_grid
 from dreambooth.lab import measures
 from dreambooth.lab.identities import COLORS, caption, identity
@@ -232,7 +232,7 @@ def report(folder: Path, seeds: int, device: str, out: Path, subjects: int = SUB
     content = {"figures": {name: interval._asdict() for name, interval in figures.items()}, **basis}
     write_json(out, content)
     picture = out.with_suffix(".png")
-    write_with(picture, lambda path: grid.save(path, format="PNG"))
+    write_png(picture, grid)
     print(f"wrote {out} and {picture}")
     return content
 

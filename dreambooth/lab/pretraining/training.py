@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreambooth.errors import UserError
-from dreambooth.files import write_json, write_with
+from dreambooth.files import write_json, write_png, write_with
 from dreambooth.lab.pretraining.optimizers import average_into, learning_rate_factor, make_optimizers
 
 DATA, AUTOENCODER, IDENTITY, CAPTIONS, DENOISER = range(40, 45)  # streams of randomness, apart from those of `randomness.py`
@@ -171,7 +171,7 @@ class Training:
         with (self.place.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         if picture is not None:
-            write_with(self.place.folder / f"{self.job.name}.png", lambda path: picture.save(path, format="PNG"))
+            write_png(self.place.folder / f"{self.job.name}.png", picture)
         left = f"about {self.spent_s / self.step * (self.total - self.step):.0f} s left" if self.total else "still measuring the speed"
         words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(f"{self.job.name}: step {self.step} of {self.total or '?'}, {words}; {left}")
