@@ -292,6 +292,15 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
     assert 0.6 < values.min() and values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 216), (1, 16, 32), (1, 216, 24)])
+def test_orthogonalize_by_the_gram_matrix_is_the_iteration_itself(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 1, shape[1])[:, None]
+    x = (matrix / matrix.norm(dim=(1, 2), keepdim=True)).double()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.mT) @ x + 2.0315 * (x @ x.mT) @ (x @ x.mT) @ x
+    assert torch.allclose(orthogonalize(matrix).double(), x, atol=2e-5)
+
+
 def test_muon_gets_hidden_matrices_only() -> None:
     network = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(16, 16, 3), "hidden": torch.nn.Conv2d(16, 16, 3), "norm": torch.nn.GroupNorm(4, 16)})
     adamw, muon = make_optimizers([network], 0.02, 1e-3)

