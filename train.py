@@ -5,7 +5,7 @@ python train.py base=sd15 data.subject_dir=photos/ subject.class_noun=dog   your
 python train.py -m optim.learning_rate=1e-4,2e-4 trainer.max_steps=100,200  a sweep; the same command again skips what is done
 """
 
-from dreambooth import cli  # first: the package sets the thread policy that torch reads when it is loaded
+from dreambooth import cli, sweeps  # first: the package sets the thread policy that torch reads when it is loaded
 
 # isort: split
 import sys
@@ -13,20 +13,21 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import numpy as np
 from omegaconf import DictConfig
 
+from dreambooth.adapters import describe_learning
 from dreambooth.base.protocol import BaseModel
-from dreambooth.class_bank import ClassBank, draw_bank, manifest_digest, read_user_bank, wants_class_images
+from dreambooth.claims import ClaimLost
+from dreambooth.class_bank import ClassBank, bank_digest, complete_bank, read_user_bank, to_draw
 from dreambooth.config import Config, to_plain
+from dreambooth.dreambench import read_dreambench
 from dreambooth.errors import UserError
-from dreambooth.files import require_free
-from dreambooth.generation import pick_device, save_png
-from dreambooth.photos import prepare
-from dreambooth.recipes import resolve
-from dreambooth.runs import MetricsFile, RunFolder, open_run
-from dreambooth.samplers import scheduler
-from dreambooth.subject_photos import SubjectPhotos, read_subject_photos
+from dreambooth.generation import pick_device
+from dreambooth.preflight import before_loading, check_disk, check_memory, require_writable
+from dreambooth.recipes import resolve, settle_steps
+from dreambooth.runs import MetricsFile, RunFolder, claimed_run
+from dreambooth.samplers import check_sampler
+from dreambooth.subject_photos import SubjectPhotos, prepared, read_subject_photos, save_photos
 from dreambooth.summary import summarize
 
 if TYPE_CHECKING:
@@ -37,74 +38,106 @@ def train(config: Config) -> RunFolder:
     """Runs one job from config to measured model, or finds that it is done; returns its folder."""
     config.base.check()
     config = resolve(config)
-    pick_device(config.trainer.accelerator)  # refuses a GPU that is not there
+    if config.data.dreambench is not None:
+        print(read_dreambench(config.data.dreambench).describe(config.subject.name))
+    device = pick_device(config.trainer.accelerator)  # refuses a GPU that is not there
+    config.optim.check(device, config.trainer.precision)
     photos = read_subject_photos(config)  # every photo is decoded before a model loads
-    own_bank = read_user_bank(config) if wants_class_images(config) and config.prior.class_dir else None
+    config = settle_steps(config, photos.weighted_count)
+    own_bank = read_user_bank(config)
+    require_writable(config.output_dir)
     base_digest = config.base.digest()
-    bank_digest = own_bank.digest if own_bank else manifest_digest(config, base_digest) if wants_class_images(config) else "none"
-    run = open_run(config, base=base_digest, photos=photos.digest, class_images=bank_digest)
-    for line in photos.warnings + (own_bank.warnings if own_bank else []):
-        print(f"warning: {line}")
-    if run.status == "done":
-        print(f"done before: {run.path} (delete the folder to train again)")
+    with claimed_run(config, base=base_digest, photos=photos.digest, class_images=bank_digest(config, base_digest, own_bank)) as run:
+        sweeps.working_in(run.path, done_before=run.status == "done")
+        for line in photos.warnings + (own_bank.warnings if own_bank else []):
+            print(f"warning: {line}")
+        if run.status == "done":
+            print(f"done before: {run.path} (delete the folder to train again)")
+            return run
+        try:
+            fit_and_score(config, run, photos, own_bank, base_digest)
+        except ClaimLost:  # the record is another process's now
+            raise
+        except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
+            run.finish("failed", cli.stopped_by(stop))
+            raise stop if isinstance(stop, SystemExit) and stop.code == cli.TERMINATED else KeyboardInterrupt from None
+        except BaseException as error:
+            run.finish("failed", cli.explain(error) or "".join(traceback.format_exception_only(error)).strip())
+            raise
         return run
-    try:
-        fit_and_score(config, run, photos, own_bank, base_digest)
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        run.finish("failed", "stopped by Ctrl-C")
-        raise KeyboardInterrupt from None
-    except BaseException as error:
-        run.finish("failed", cli.explain(error) or "".join(traceback.format_exception_only(error)).strip())
-        raise
-    return run
 
 
 def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_bank: ClassBank | None, base_digest: str) -> None:
     """Does the work of a run that is not done yet."""
     # Lightning and the metrics take seconds to import: only here, so that bad input is answered at once.
     from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite, last_state
-    from dreambooth.data import DreamBoothData, ImageSet, describe_batch
+    from dreambooth.data import DreamBoothData, ImageSet, class_set, describe_batch, describe_photos, subject_set
     from dreambooth.final_scores import evaluate_run, read_photos
+    from dreambooth.first_steps import Rehearsal, TimeLeft, release
+    from dreambooth.fixed_loss import FixedBatchLoss
     from dreambooth.module import DreamBoothModule
 
     cli.quiet()  # once more: Lightning sets its loggers when it is imported
     print(f"run folder {run.path}")
+    findings = before_loading(config, all_prompts(config, photos, own_bank))  # a prompt that is too long is refused now, not when it is first drawn
+    for line in findings:
+        print(f"warning: {line}")
     mirror = wandb_logger(config, run)
-    save_photos(run, config, photos)
+    save_photos(run.path, photos, config.data.resolution, config.data.crop)
     with run.clock("loading"):
         device = pick_device(config.trainer.accelerator)
         encoders, missing = config.encoders.load_or_reason(device)
-        if missing:
+        if missing and not any(missing in line for line in findings):
             print(f"warning: this run draws pictures but has no scores: {missing}")
         base = config.base.load().to(device)
-    scheduler(base, config.sampling.sampler)  # refuses a sampler that cannot use what the base predicts
-    base.tokenize(all_prompts(config))  # one that is too long is refused now, not when it is first drawn
+    config.objective.check(base)
+    check_sampler(config.sampling.sampler, base, config.objective.zero_terminal_snr)  # one that cannot use what the base predicts is refused
+    with run.clock("memory estimate"):
+        memory, lines = check_memory(config, base, device)
+    print("\n".join([*lines, check_disk(config, run.path, memory, to_draw(config, own_bank))]))
     with run.clock("class images"):
-        bank = own_bank or (draw_with_progress(config, base, base_digest) if wants_class_images(config) else None)
-    print(describe_batch(config, len(photos.images), len(bank.images) if bank else 0))
+        bank = bank_with_progress(config, base, base_digest, own_bank)
+    config.objective.prepare(base)  # after the class images: those are the un-tuned base's own
+    shown = [own.subject for own in photos.everyone for _ in own.images]
+    pictures = [image for own in photos.everyone for image in own.images]
+    class_images = class_set(config, pictures, ImageSet(bank.images, bank.captions) if bank else None, shown)
+    subject = subject_set(photos, config.data.masks is not None)
+    print(describe_batch(config, len(subject.images), len(class_images.images) if class_images else 0))
+    print("\n".join([*describe_photos(config, photos), config.objective.describe(base)]))
 
-    subject = ImageSet(photos.images, [config.subject.in_prompt(config.subject.prompt)] * len(photos.images))
-    data = DreamBoothData(config, subject, ImageSet(bank.images, bank.captions) if bank else None)
-    groups = config.method.attach(base, config.subject.identifier)
+    data = DreamBoothData(config, subject, class_images)
+    groups = config.method.attach(base, config.identifiers, config.subject.class_noun, config.seed)
+    base.tokenize(all_prompts(config, photos, own_bank))  # again: an identifier of several vectors makes prompts longer
     module = DreamBoothModule(config, base, groups)
-    weights_bytes = sum(p.numel() * p.element_size() for group in groups for p in group.parameters)
-    require_free(run.path, 8 * weights_bytes, "output_dir")  # best, final, the state with two moments, and the next state beside it
-    metrics = MetricsFile(run.path / "metrics.csv")
+    if module.frozen is not None:
+        print(f"the un-tuned model is kept for the prior: {module.frozen.nbytes / 1e6:.0f} MB beside the weights that learn")
+    print(describe_learning(config.method, groups) + average_note(config))
+    metrics = MetricsFile(run.path / "metrics.csv", run.claim)
     state = last_state(run, metrics)
     if state is not None:
         print(f"continuing from {state}")
     selection = SelectionScores(run, config, read_photos(run), encoders, metrics)
-    callbacks = [StopAtNonFinite(), ProgressLine(config.trainer.progress_bar), selection, ContinueState(run, config.trainer.checkpoint_every)]
+    fixed = FixedBatchLoss(config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics)
+    progress, state_keeper = ProgressLine(config.trainer.progress_bar, selection), ContinueState(run, config.trainer.checkpoint_every)
+    callbacks = [Rehearsal(run, config), StopAtNonFinite(), progress, fixed, selection, state_keeper, TimeLeft(run, config, selection)]
     trainer = make_trainer(config, [CsvLogger(metrics), *mirror], callbacks)
     with run.clock("training"):
         trainer.fit(module, data, ckpt_path=state, weights_only=True)
+    release(trainer, module)
 
     choice = selection.choice()
     with run.clock("final scores"):
         scores = evaluate_run(run, config, progress=cli.progress)
     mirror_scores(trainer, run, scores)
     run.finish("done", best_step=choice.step, best_step_reason=choice.reason, steps=trainer.global_step)
-    print(summarize(run, scores, choice.reason))
+    print(summarize(run, scores, choice.reason, selection.rows))
+
+
+def average_note(config: Config) -> str:
+    """Returns what is evaluated and kept, where it is not the last weights themselves."""
+    if config.trainer.ema_decay is None:
+        return ""
+    return f"; evaluated and kept: their moving average (EMA, decay {config.trainer.ema_decay:g})"
 
 
 def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any]) -> "pl.Trainer":
@@ -129,25 +162,22 @@ def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any]) -> "p
     )
 
 
-def all_prompts(config: Config) -> list[str]:
-    """Returns every prompt that the run will give to the model."""
+def all_prompts(config: Config, photos: SubjectPhotos, own_bank: ClassBank | None) -> list[str]:
+    """Returns every prompt that the run will give to the model, captions included, each once."""
     from dreambooth.evaluation import final_plan, selection_plan
 
     drawn = {item.prompt for item in selection_plan(config) + final_plan(config)}
-    captions = [config.subject.class_in_prompt(template) for template in config.prior.prompts] if wants_class_images(config) else []
-    return sorted(drawn) + [config.subject.in_prompt(config.subject.prompt), *captions]
+    captions = {caption for own in photos.everyone for caption in own.captions} | set(own_bank.captions if own_bank else [])
+    common = [subject.in_prompt(subject.prompt) for subject in config.subjects]
+    return list(dict.fromkeys([*sorted(drawn | captions), *common, *config.prior_prompts]))
 
 
-def save_photos(run: RunFolder, config: Config, photos: SubjectPhotos) -> None:
-    """Writes the photos as the scores will see them: centre crop at the training resolution."""
-    for k, (image, name) in enumerate(zip(photos.images, photos.names, strict=True)):
-        recipe = {"photo": name, "source": photos.source}
-        save_png(run.path / "photos" / f"{k:03d}.png", np.ascontiguousarray(prepare(image, config.data.resolution)), recipe)
-
-
-def draw_with_progress(config: Config, base: BaseModel, base_digest: str) -> ClassBank:
-    """Returns the class bank of the un-tuned base, with a bar while it is drawn."""
-    with cli.progress(config.prior.num_images, "class images") as advance:
+def bank_with_progress(config: Config, base: BaseModel, base_digest: str, own: ClassBank | None) -> ClassBank | None:
+    """Returns the class images of the run, with a bar while the un-tuned base draws; None where the prior wants none."""
+    count = to_draw(config, own)
+    if not count:
+        return own
+    with cli.progress(count, "class images") as advance:
         seen = 0
 
         def show(done: int, total: int) -> None:
@@ -155,7 +185,7 @@ def draw_with_progress(config: Config, base: BaseModel, base_digest: str) -> Cla
             advance(done - seen)
             seen = done
 
-        return draw_bank(config, base, base_digest, show)
+        return complete_bank(config, base, base_digest, own, show)
 
 
 def wandb_logger(config: Config, run: RunFolder) -> list[Any]:
@@ -199,10 +229,10 @@ cli.register("train", Config)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Hydra's entry: a typed config comes out, a run folder goes in."""
+def main(cfg: DictConfig) -> float:
+    """Hydra's entry: a typed config comes out, a run folder goes in; returns what a sweeper that searches shall maximise."""
     try:
-        cli.run_job(train, cfg)
+        return sweeps.selection_score(cli.run_job(train, cfg))
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()  # or the next job of a sweep would be logged into this one

@@ -1,4 +1,4 @@
-"""`python -m dreambooth`: what is done with run folders, without Hydra or Lightning."""
+"""`python -m dreambooth`: what is done with run folders and base models, without Hydra or Lightning."""
 
 import argparse
 import sys
@@ -8,48 +8,68 @@ from dreambooth.errors import UserError
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes a run's model for other tools: a diffusers folder, or a single file in the layout that web UIs read, checked by reading it back."""
+    """Writes a run's model for other tools, whole or as an adapter; each file is checked by reading it back."""
     import torch
 
-    from dreambooth.interop.ldm import max_difference_after_reload, save_single_file
-    from dreambooth.runs import load
+    from dreambooth.interop.export import export as write
+    from dreambooth.interop.names import joepenna_name
+    from dreambooth.runs import load, read_run
 
+    if arguments.output is None and arguments.name is None:
+        raise UserError("output", "must be said", None, "name model.safetensors, or model/ for a diffusers folder; or take --name joepenna")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
     trained = load(arguments.run, arguments.weights)
-    trained.config.method.merge(trained.base)
-    output = Path(arguments.output)
-    if output.suffix == ".safetensors":
-        subject = trained.config.subject
-        metadata = {
-            "dreambooth.run": Path(arguments.run).name,
-            "dreambooth.step": str(trained.step),
-            "dreambooth.prompt": subject.in_prompt("{subject}"),
-        }
-        save_single_file(trained.base, output, dtype, metadata)
-        difference = max_difference_after_reload(trained.base.to(dtype), output)
-        if difference != 0.0:
-            raise UserError(str(output), "must read back as it was written", f"a difference of {difference:g}", "do not use the file; report this")
-        if trained.base.latent_channels != 4:
-            print(f"note: its autoencoder has {trained.base.latent_channels} channels; Stable Diffusion tools need a diffusers folder")
-    elif output.suffix:
-        raise UserError(
-            "output", "must be a folder or a .safetensors file", str(output), "name it model.safetensors, or model/ for a diffusers folder"
-        )
+    output = Path(arguments.output or "trained_models")
+    if arguments.name is not None:
+        output = output / joepenna_name(read_run(arguments.run), trained.step)
+    for line in write(trained, output, arguments.layout, dtype, Path(arguments.run).resolve().name):
+        print(line)
+    print(f"step {trained.step}, {arguments.dtype}")
+
+
+def tokens(arguments: argparse.Namespace) -> None:
+    """Lists rare single tokens of a base's tokenizer, or says what words split into."""
+    from dreambooth.base.stable_diffusion import StableDiffusion
+    from dreambooth.lab.splits import RARE_TOKENS
+    from dreambooth.tokens import judge, rare_tokens
+
+    base = StableDiffusion(path=arguments.base)
+    base.check()
+    tokenizer, is_lab = base.load_tokenizer(), base.is_lab()
+    free = RARE_TOKENS if is_lab else ()
+    for word in arguments.word:
+        print(judge(tokenizer, word, free).sentence)
+    if arguments.word:
+        return
+    if is_lab:  # its tokens do not follow frequency: these five are kept out of every caption
+        listed = [judge(tokenizer, word, free) for word in free]
+        rare = [(verdict.word, verdict.ids[0]) for verdict in listed if verdict.kind == "rare"]
     else:
-        trained.base.to(dtype).save(output)
-    print(f"written: {output} (step {trained.step}, {arguments.dtype})")
+        rare = rare_tokens(tokenizer, arguments.count, arguments.seed, arguments.longest)
+    print(f"rare words of {arguments.base}, each a single one of its {len(tokenizer)} tokens:")
+    print("\n".join(f"  {word:<{arguments.longest + 2}} {token_id:>6}" for word, token_id in rare) or "  none")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dreambooth", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    one = commands.add_parser("export", help="write the tuned model as a diffusers folder or a single .safetensors file")
+    one = commands.add_parser("export", help="write the tuned model for other tools: a diffusers folder, a single file, a LoRA, an embedding")
     one.add_argument("run", help="run folder")
-    one.add_argument("output", help="a folder, or a file that ends in .safetensors")
+    one.add_argument("output", nargs="?", help="a folder, or a file that ends in .safetensors; with --name the folder that the file goes into")
+    one.add_argument("--name", choices=("joepenna",), help="a file whose name says when, steps, photos, token and class, as that notebook wrote it")
+    layouts = "model: all merged; lora: in diffusers' layout, a folder gets every form of it; kohya: a LoRA for web UIs; embedding: the learned word"
+    one.add_argument("--layout", default="model", choices=("model", "lora", "kohya", "embedding"), help=layouts)
     one.add_argument("--weights", default="best", choices=("best", "final", "base"))
     one.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"))
     one.set_defaults(call=export)
+    two = commands.add_parser("tokens", help="list rare words that can mean a subject, or judge the words that you think of")
+    two.add_argument("--base", default="lab", help="lab, a diffusers folder, a hub id or a single file: whose tokenizer (default: %(default)s)")
+    two.add_argument("--word", nargs="+", default=[], help="words to judge: what they split into, and whether they are rare")
+    two.add_argument("--count", type=int, default=20, help="rare words to list (default: %(default)s)")
+    two.add_argument("--seed", type=int, default=0, help="of the draw among all rare words (default: %(default)s)")
+    two.add_argument("--longest", type=int, default=3, help="letters, at most (default: %(default)s)")
+    two.set_defaults(call=tokens)
     arguments = parser.parse_args(argv)
     try:
         arguments.call(arguments)

@@ -12,15 +12,19 @@ from PIL import Image
 from pytorch_lightning.loggers.logger import Logger
 from tqdm import tqdm
 
+from dreambooth.base.protocol import BaseModel
+from dreambooth.base_images import draw_base
 from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.errors import UserError
-from dreambooth.evaluation import Item, draw, image_names, save_images, score, selection_plan
+from dreambooth.evaluation import Item, draw, image_names, save_images, selection_plan
 from dreambooth.files import write_png, write_with
+from dreambooth.final_scores import run_reference
 from dreambooth.grids import image_grid
 from dreambooth.module import DreamBoothModule
 from dreambooth.runs import MetricsFile, RunFolder, save_weights
-from dreambooth.statistics import Choice, StepScores, choose_step
+from dreambooth.scoring import score
+from dreambooth.step_choice import Choice, EarlyStop, StepScores, choose_step, stop_early
 
 SCORE_KEYS = ("identity_fidelity", "prompt_alignment", "drift", "diversity", "class_diversity")
 
@@ -61,16 +65,19 @@ class SelectionScores(pl.Callback):
 
     def __init__(self, run: RunFolder, config: Config, photos: np.ndarray, encoders: LoadedEncoders | None, metrics: MetricsFile) -> None:
         self.run, self.config, self.encoders, self.photos = run, config, encoders, photos
-        self.subject = encoders.identity(photos) if encoders else None
+        self.subject = run_reference(run, encoders)
         self.plan = selection_plan(config)
         self.last_step = -1
+        self.seconds: list[float] = []  # that each evaluation of this process took
         self.rows = [_from_csv(row) for row in metrics.read() if row.get("score/evaluated")]
 
     def on_train_start(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
-        """Scores the un-tuned base, unless the run is continued."""
+        """Scores the un-tuned base, unless the run is continued; one that had stopped early stays stopped."""
         self.last_step = trainer.global_step
         if trainer.global_step == 0:
             self.evaluate(trainer, module)
+        elif self.early_stop().stop:
+            trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DreamBoothModule, *args: Any) -> None:
         """Evaluates after each `eval_every` optimiser steps and after the last."""
@@ -85,7 +92,9 @@ class SelectionScores(pl.Callback):
         """Draws, scores, logs; keeps the weights if this step is now the best."""
         step, started = trainer.global_step, time.perf_counter()
         with self.run.clock("evaluation while training"):
-            images = draw(module.base, self.plan, self.config)
+            with module.evaluation_weights():
+                images = (draw if step else self.drawn_base)(module.base, self.plan, self.config)
+            self.run.confirm()
             save_images(self.run.path / "samples" / f"step-{step:06d}", self.plan, images, {"run": self.run.path.name, "step": step})
             values = score(images, self.plan, self.subject, self.encoders).values if self.encoders else {}
             scores = StepScores(step, *(values.get(key, float("nan")) for key in SCORE_KEYS[:4]))
@@ -98,22 +107,38 @@ class SelectionScores(pl.Callback):
                     logger.log_image("samples/selection", [grid], step=step)
             write_png(self.run.path / "samples" / f"step-{step:06d}.png", grid)
             write_png(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
-            if self.choice().step == step:
-                save_weights(self.run, "best", module.base, step)
-            if step == self.config.trainer.max_steps:
-                save_weights(self.run, "final", module.base, step)
-        tqdm.write(_event(step, values, time.perf_counter() - started))
+            with module.evaluation_weights():
+                if self.choice().step == step:
+                    save_weights(self.run, "best", module.base, step)
+                if step == self.config.trainer.max_steps or self.early_stop().stop:
+                    save_weights(self.run, "final", module.base, step)
+        self.seconds.append(time.perf_counter() - started)
+        tqdm.write(_event(step, values, self.seconds[-1]))
+        if self.early_stop().stop:
+            tqdm.write(self.early_stop().reason)
+            trainer.should_stop = True
+
+    def drawn_base(self, base: BaseModel, items: list[Item], config: Config) -> np.ndarray:
+        """Returns what `draw` would at step 0; the runs of a sweep share it."""
+        return draw_base(self.run, base, items, config)
 
     def choice(self) -> Choice:
         """Returns the best step so far, by the rule that the config declares."""
         return choose_step(self.rows, self.config.evaluation.min_alignment_ratio, self.config.evaluation.max_drift_gain)
+
+    def early_stop(self) -> EarlyStop:
+        """Returns whether the same rule says to stop, by `trainer.early_stop_patience`."""
+        patience, rule = self.config.trainer.early_stop_patience, self.config.evaluation
+        if patience is None:
+            return EarlyStop(False, "")
+        return stop_early(self.rows, patience, rule.min_alignment_ratio, rule.max_drift_gain)
 
 
 class ContinueState(pl.Callback):
     """Writes `checkpoints/last.ckpt` every `checkpoint_every` steps, whole or not at all. Stands after `SelectionScores` in the list."""
 
     def __init__(self, run: RunFolder, every: int) -> None:
-        self.path, self.every, self.last_step = run.path / "checkpoints" / "last.ckpt", every, -1
+        self.run, self.path, self.every, self.last_step = run, run.path / "checkpoints" / "last.ckpt", every, -1
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Takes up the step that the run stands at."""
@@ -127,6 +152,7 @@ class ContinueState(pl.Callback):
         self.last_step = step
         if step % self.every and step != trainer.max_steps:
             return
+        self.run.confirm()
         write_with(self.path, trainer.save_checkpoint)
 
 
@@ -145,10 +171,10 @@ class StopAtNonFinite(pl.Callback):
 
 
 class ProgressLine(pl.Callback):
-    """One bar over all steps: the loss, steps a second, and the time left."""
+    """One bar over all steps: the loss, the newest scores, steps a second, and the time left."""
 
-    def __init__(self, show: bool) -> None:
-        self.show, self.loss, self.bar, self.last_step = show, None, None, 0
+    def __init__(self, show: bool, selection: SelectionScores) -> None:
+        self.show, self.selection, self.loss, self.bar, self.last_step = show, selection, None, None, 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Opens the bar where the run stands."""
@@ -160,7 +186,10 @@ class ProgressLine(pl.Callback):
         if self.show:
             loss = float(outputs["loss"])
             self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-            self.bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
+            newest = self.selection.rows[-1] if self.selection.rows else None
+            scores = {"fidelity": newest.identity_fidelity, "alignment": newest.prompt_alignment, "drift": newest.drift} if newest else {}
+            shown = {key: f"{value:.2f}" for key, value in scores.items() if math.isfinite(value)}
+            self.bar.set_postfix(loss=f"{self.loss:.4f}", **shown, refresh=False)
         self.bar.update(trainer.global_step - self.last_step)
         self.last_step = trainer.global_step
 

@@ -4,12 +4,15 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -18,11 +21,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth import config
+from dreambooth import config, sweeps
+from dreambooth.claims import Busy
 from dreambooth.config import CHOICES, choice_name
+from dreambooth.dreambench import AbsentSubjectError
 from dreambooth.errors import ConfigError, UserError
 
-BAD_INPUT = 2  # exit status for an input that cannot be used
+Result = TypeVar("Result")
+
+SOME_FAILED = 1  # exit status of a sweep with jobs that failed
+BAD_INPUT = 2  # for an input that cannot be used
+STOPPED, TERMINATED = 130, 143  # by Ctrl-C (SIGINT), by SIGTERM
 SEE_ALL = "see them all: python train.py --cfg job"
 FAILED_JOBS: list[str] = []  # what was said of the jobs of this process that failed
 
@@ -37,9 +46,24 @@ def register(name: str, schema: type) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a Hydra main; what the user can mend is one sentence on stderr and exit status 2, anything else a traceback."""
+    """Runs a Hydra main; what the user can mend is one sentence on stderr and exit status 2, anything else a traceback.
+
+    A sweep ends with the table of its jobs, also when it is stopped, and with exit status 1 when some failed.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that the error itself arrives here, not Hydra's print of it
     quiet()
+    try:
+        _run_to_the_end(main)
+    finally:
+        failed = sweeps.close()
+    if failed:
+        sys.exit(SOME_FAILED)
+    if FAILED_JOBS:
+        sys.exit(BAD_INPUT)
+
+
+def _run_to_the_end(main: Callable[[], None]) -> None:
+    """Runs a Hydra main and says in a sentence what the user can mend, or how to go on."""
     try:
         main()
     except Exception as error:  # the run's boundary
@@ -49,32 +73,68 @@ def run_script(main: Callable[[], None]) -> None:
         _say(sentence)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command continues the run", file=sys.stderr)
-        sys.exit(130)
-    if FAILED_JOBS:
-        sys.exit(BAD_INPUT)
+        sys.exit(STOPPED)
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            print("stopped by SIGTERM; the same command continues the run", file=sys.stderr)
+        raise
 
 
-def run_job(work: Callable[[Any], object], cfg: DictConfig) -> None:
-    """Runs one job of a script on its typed config; in a sweep, a job that fails leaves the others to run.
+def run_job(work: Callable[[Any], Result], cfg: DictConfig) -> Result | None:
+    """Runs one job of a script on its typed config and returns its result; in a sweep, a job that fails (None) leaves the others to run.
 
     Args:
         work: takes the typed config.
         cfg: what Hydra composed.
     """
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep:
-        print(f"\njob {HydraConfig.get().job.num}: {HydraConfig.get().job.override_dirname}")
+    _end_in_order_on_sigterm()
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return _run_one(work, cfg)
+    sweeps.begin(str(cfg.get("output_dir")), str(cfg.get("group")))
     try:
-        work(_typed(cfg))
+        result = work(_typed(cfg))
+    except Busy as busy:
+        print(f"skipped: {busy}")
+        sweeps.end("elsewhere", str(busy.owner), busy.folder)
+    except AbsentSubjectError as absent:  # no failure: the sweep is over every subject that there may be
+        print(f"left out: {absent}")
+        sweeps.end("left out")
     except Exception as error:  # the job's boundary: the run folder holds the reason
-        sentence = explain(error)
-        if sentence is not None:
-            _say(sentence)
-        elif sweep:
+        if (sentence := explain(error)) is None:
             traceback.print_exc()
-            _say(f"job {HydraConfig.get().job.num} failed: {error}; the others go on")
-        else:
+        _say(sentence or f"the job failed: {type(error).__name__}: {error}; the others go on")
+        sweeps.end("failed", sentence or f"{type(error).__name__}: {error}")
+    else:
+        sweeps.end("done")
+        return result
+    return None
+
+
+def _run_one(work: Callable[[Any], Result], cfg: DictConfig) -> Result | None:
+    """Runs a job that is no part of a sweep; what the user can mend is said in a sentence, anything else raised."""
+    try:
+        return work(_typed(cfg))
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
             raise
+        _say(sentence)
+    return None
+
+
+def _end_in_order_on_sigterm() -> None:
+    """Makes SIGTERM end this process like an error, so that what it holds is given back; a handler that is there already is left."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+
+
+def stopped_by(stop: BaseException) -> str:
+    """Returns in words what stopped a run that was stopped from outside."""
+    return "stopped by SIGTERM" if isinstance(stop, SystemExit) and stop.code == TERMINATED else "stopped by Ctrl-C"
 
 
 def _typed(cfg: DictConfig) -> Any:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dreambooth.encoders import FileGroups, LoadedEncoders, Pixels, require_files, sha256_of
 from dreambooth.errors import ConfigError, UserError
@@ -38,14 +40,20 @@ class Preprocessing(NamedTuple):
         The numbers are those of torchvision's Resize(bicubic, antialias), CenterCrop, ToTensor and Normalize on a PIL image,
         which the published scores were made with; Hugging Face's processors differ (by a pixel of crop, or by no crop at all).
         """
-        height, width = image.shape[:2]
-        short = min(height, width)
-        size = (int(self.resize_px * width / short), int(self.resize_px * height / short))
-        resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-        left, top = round((size[0] - self.crop_px) / 2), round((size[1] - self.crop_px) / 2)
-        cropped = np.array(resized.crop((left, top, left + self.crop_px, top + self.crop_px)))
+        cropped = np.array(self._resized_and_cropped(Image.fromarray(image)))
         x = torch.from_numpy(cropped).permute(2, 0, 1).float() / 255  # (crop, crop, 3) -> (3, crop, crop)
         return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def of_mask(self, mask: NDArray[np.float32]) -> Tensor:
+        """Returns a mask (H, W) in [0, 1] as the network's view of its image: (crop_px, crop_px) in [0, 1]; bicubic overshoot is clipped."""
+        return torch.from_numpy(np.array(self._resized_and_cropped(Image.fromarray(mask)))).clamp(0, 1)
+
+    def _resized_and_cropped(self, image: Image.Image) -> Image.Image:
+        short = min(image.size)
+        width, height = (int(self.resize_px * side / short) for side in image.size)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.crop_px) / 2), round((height - self.crop_px) / 2)
+        return resized.crop((left, top, left + self.crop_px, top + self.crop_px))
 
 
 def clip_preprocessing(image_size: int) -> Preprocessing:
@@ -59,7 +67,10 @@ def dino_preprocessing(crop_px: int) -> Preprocessing:
 
 
 class LoadedClipDino(LoadedEncoders):
-    """CLIP's image and text projections, and the class token of DINO (or DINOv2) after its final layer norm.
+    """CLIP's image and text projections, and the class token of DINO (or DINOv2) after its final layer norm; its other tokens as patches.
+
+    DINOv2 (Oquab et al. 2023) is seen as DINO is: short side 256, crop 224, though its position embeddings were made for 518; the network
+    interpolates them, as in its own evaluation. With patches of 14 that is a grid of 16 x 16, with DINO's of 16 one of 14 x 14.
 
     Args:
         clip_folder: a CLIPModel and its tokenizer, as transformers saves them.
@@ -79,11 +90,17 @@ class LoadedClipDino(LoadedEncoders):
         self.dino = _network("encoders.dino_path", dino_folder, backbones).to(device)
         self.clip_preprocessing = clip_preprocessing(self.clip.config.vision_config.image_size)
         self.dino_preprocessing = dino_preprocessing(_dino_crop_px(self.dino.config))
+        self._grid_side = self.dino_preprocessing.crop_px // self.dino.config.patch_size
         self.version = self._describe(sha256_of([_weights_file(clip_folder)]), sha256_of([_weights_file(dino_folder)]))
 
-    def _identity(self, images: list[Pixels]) -> Tensor:
+    def _identity_with_patches(self, images: list[Pixels]) -> tuple[Tensor, Tensor]:
         x = torch.stack([self.dino_preprocessing(image) for image in images]).to(self.device)  # (N, 3, crop, crop)
-        return self.dino(pixel_values=x).last_hidden_state[:, 0]  # (N, 1 + patches, D) -> (N, D)
+        tokens = self.dino(pixel_values=x).last_hidden_state  # (N, 1 + patches, D), after the final norm
+        return tokens[:, 0], tokens[:, 1:].unflatten(1, (self._grid_side, self._grid_side))  # (N, D), (N, h, w, D)
+
+    def _patch_shares(self, mask: NDArray[np.float32]) -> Tensor:
+        seen = self.dino_preprocessing.of_mask(mask)[None]  # (1, crop, crop)
+        return F.avg_pool2d(seen, self.dino.config.patch_size)[0]  # (h, w)
 
     def _image(self, images: list[Pixels]) -> Tensor:
         x = torch.stack([self.clip_preprocessing(image) for image in images]).to(self.device)  # (N, 3, crop, crop)
@@ -102,6 +119,7 @@ class LoadedClipDino(LoadedEncoders):
         clip, dino = self.clip.config, self.dino.config
         return (
             f"clip_dino: identity = {dino.model_type} patch {dino.patch_size}, class token after the final norm, {dino.hidden_size}-d, "
+            f"patches = its other tokens, {self._grid_side} x {self._grid_side}, "
             f"{self.dino_preprocessing.words}, ImageNet mean and std, sha256 {dino_sha256}; "
             f"image and text = clip patch {clip.vision_config.patch_size}, projections, {clip.projection_dim}-d, "
             f"{self.clip_preprocessing.words}, CLIP mean and std, sha256 {clip_sha256}"

@@ -7,19 +7,24 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth.adapters import Full, Method
+from dreambooth.adapters import CrossAttentionKV, Full, Method
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.encoders import ClipDino, Encoders, LabEncoders
 from dreambooth.errors import ConfigError
-from dreambooth.objective import FollowBase, Objective
-from dreambooth.optimization import AdamW, Optimizer
+from dreambooth.lora import Lora
+from dreambooth.objective import Epsilon, FollowBase, Objective, Sample, Velocity
+from dreambooth.optimization import AdamW, AdamW8bit, Optimizer, Prodigy
+from dreambooth.priors import ClassImages, NoPrior, Prior, SelfDistilled
 from dreambooth.samplers import SAMPLERS
+from dreambooth.side_files import MASKS
+from dreambooth.textual_inversion import PivotalTuning, TextualInversion
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 
@@ -40,14 +45,21 @@ def _templates(where: str, templates: list[str] | None) -> None:
         _require("{subject}" in text, where, "must name the subject as {subject}", text, 'write it like "a photo of a {subject}"')
 
 
+def _each_once(where: str, prompts: list[str] | None) -> None:
+    twice = next((text for text in prompts or [] if prompts.count(text) > 1), None)
+    _require(twice is None, where, "must hold each prompt once", twice, "leave the second one out, or ask for more images a prompt")
+
+
 @dataclass(slots=True)
 class Subject:
     """Who or what is learned, and how prompts name it."""
 
     identifier: str = "sks"  # [V], the rare word that will mean the subject; best one token of the base's tokenizer
     class_noun: str | None = None  # what the subject is: dog, person, toy; null: the built-in subject's
+    prompt_noun: str | None = None  # the noun behind [V] in prompts, where it is not class_noun: a wrong one, or "" for none; null: class_noun
     prompt: str | None = None  # caption of the photos; {subject} becomes "[V] [class noun]"; null: the base's recipe
     lab_seed: int = 913  # which individual of the lab's world is the built-in subject
+    name: str | None = None  # of this very subject, for tables and its evaluation noise; with data.dreambench: which of its subjects
 
     def __post_init__(self) -> None:
         _require(bool(self.identifier.strip()), "subject.identifier", "must be a word", self.identifier, "choose a rare word such as sks or ohwx")
@@ -55,31 +67,81 @@ class Subject:
             self.class_noun is None or bool(self.class_noun.strip()), "subject.class_noun", "must be a word", self.class_noun, "say what it is: dog"
         )
         _templates("subject.prompt", [self.prompt] if self.prompt is not None else None)
+        _require(
+            self.name is None or re.fullmatch(r"[\w-]+", self.name) is not None,
+            "subject.name",
+            "must be letters, digits, _ and -",
+            self.name,
+            "write it like dog6",
+        )
 
     def in_prompt(self, template: str) -> str:
         """Returns the template with the subject in it: "a photo of a {subject}" -> "a photo of a sks dog"."""
-        return template.replace("{subject}", f"{self.identifier} {self.class_noun}")
+        noun = self.class_noun if self.prompt_noun is None else self.prompt_noun
+        return template.replace("{subject}", f"{self.identifier} {noun}".strip())
 
     def class_in_prompt(self, template: str) -> str:
-        """Returns the template with the class alone: "a photo of a {subject}" -> "a photo of a dog"."""
+        """Returns the template with the class alone, as scores ask for it: "a photo of a {subject}" -> "a photo of a dog"."""
         return template.replace("{subject}", str(self.class_noun))
+
+    def prior_in_prompt(self, template: str) -> str:
+        """Returns the template with the noun of the class images: the one that the training prompts name, if they name any."""
+        return template.replace("{subject}", self.prompt_noun or str(self.class_noun))
+
+    def is_named_in(self, text: str) -> bool:
+        """Tells whether a text names the subject's class, in the singular or the plural."""
+        return self.class_noun is not None and re.search(rf"\b{re.escape(self.class_noun)}(s|es)?\b", text, re.IGNORECASE) is not None
+
+
+@dataclass(slots=True)
+class ExtraSubject:
+    """One more subject that is learned in the same run; prompts name it by its own words, as "a photo of a ohwx cat"."""
+
+    identifier: str = MISSING  # its rare word; another than that of every other subject
+    class_noun: str = MISSING  # what it is: dog, person, toy; class images are made for it too
+    subject_dir: str | None = None  # folder with its photos; null: the individual lab_seed of the lab's world
+    lab_seed: int | None = None  # which individual of the lab's world, where subject_dir is null
+    prompt: str | None = None  # caption of its photos; {subject} becomes "[V] [class noun]"; null: subject.prompt
+    repeats: int = 1  # how often each of its photos counts, against data.repeats of the first subject's
+
+    def __post_init__(self) -> None:
+        _templates("extra_subjects.prompt", [self.prompt] if self.prompt is not None else None)
+        _positive("extra_subjects.repeats", self.repeats)
+        alone = (self.subject_dir is None) != (self.lab_seed is None)
+        _require(alone, "extra_subjects", "must name either a subject_dir or a lab_seed each", self.identifier, "give the folder with its photos")
+
+    def as_subject(self) -> Subject:
+        """Returns it as a subject, whose words prompts and captions are made of."""
+        return Subject(self.identifier, self.class_noun, prompt=self.prompt, lab_seed=self.lab_seed or 0)
 
 
 @dataclass(slots=True)
 class Data:
-    """The subject's photos and how they are cropped."""
+    """The subject's photos: their captions and masks, how they are cropped, and where what is computed from them is kept."""
 
     subject_dir: str | None = None  # folder with 3 to 30 photos of the subject; null: the lab's built-in subject
+    dreambench: str | None = None  # DreamBench folder: subject.name's photos, class noun and final prompts come from it
     on_bad_photo: str = "skip"  # a photo that cannot be read: "skip" it and say so, or "refuse" to start
     resolution: int | None = None  # px, side of the square crop; null: the base's own
-    crop: str = "center"  # "center", or "random" (another place each time)
+    buckets: bool = False  # keep each photo's shape: resize to the bucket of about resolution^2 px that fits it best; a batch has one bucket
+    crop: str = "center"  # "center", "random" (another place each time), "smart" (where the most detail is; for faces masks are better)
     flip: bool = False  # mirror at random; leave off for faces and for anything with a left and a right
     batch_size: int | None = None  # subject images a step; null: the base's recipe
+    held_out: int | None = None  # photos set aside to measure on (of the built-in subject: further ones); null: the base's recipe
     num_workers: int = 0  # processes that prepare images; 0: none beside the main one
+    captions: str = "prompt"  # "prompt": subject.prompt for all; "auto": photo.txt beside photo.jpg, else what the name says after @, else that
+    masks: str | None = None  # null: off; "sidecar": photo.mask.png, white is the subject; "alpha": else transparency; "auto": else by rembg
+    mask_background_weight: float = 0.1  # of the loss outside the mask, in [0, 1]; 0 lets surroundings dissolve, 1 is no mask
+    repeats: int = 1  # how often each photo counts, against those of extra_subjects
+    steps_per_image: int | None = None  # trainer.max_steps = this x photos x repeats; 100 is the rule of thumb; null: as max_steps says
+    cache: str = "memory"  # where latents and text embeddings are kept: "memory", "disk" (<output_dir>/caches, for later runs too), "off"
+    cache_mb: int = 1024  # MB, the most that is kept; > 0
+    cache_dtype: str = "float32"  # of the latents that are kept: "float32" (exact), "float16" (half the room, rounded)
 
     def __post_init__(self) -> None:
+        self._check_kept()
         _require(self.on_bad_photo in ("skip", "refuse"), "data.on_bad_photo", "must be skip or refuse", self.on_bad_photo, "choose one")
-        _require(self.crop in ("center", "random"), "data.crop", "must be center or random", self.crop, "choose one")
+        _require(self.crop in ("center", "random", "smart"), "data.crop", "must be center, random or smart", self.crop, "choose one")
         _require(
             self.resolution is None or (self.resolution >= 16 and self.resolution % 8 == 0),
             "data.resolution",
@@ -88,39 +150,19 @@ class Data:
             "512 is Stable Diffusion 1.5's",
         )
         _positive("data.batch_size", self.batch_size)
+        _require(self.held_out is None or self.held_out >= 0, "data.held_out", "must be 0 or more", self.held_out, "0 trains on every photo")
         _require(self.num_workers >= 0, "data.num_workers", "must be 0 or more", self.num_workers, "0 is enough for a few photos")
 
-
-@dataclass(slots=True)
-class Prior:
-    """Parent of the ways to keep the class from drifting into the subject."""
-
-    name: str = "prior"
-
-
-@dataclass(slots=True)
-class NoPrior(Prior):
-    """Fine-tunes on the subject alone."""
-
-    name: str = "none"
-
-
-@dataclass(slots=True)
-class ClassImages(Prior):
-    """Class images of the un-tuned base in every batch, with the prior-preservation loss (Ruiz et al. 2023)."""
-
-    name: str = "class_images"
-    weight: float = 1.0  # lambda, of the class term in the loss; the paper's is 1
-    batch_size: int | None = None  # class images a step; null: the base's recipe
-    num_images: int | None = None  # class images in the bank; the paper used about 1000, 200 are usual; null: the base's recipe
-    prompts: list[str] | None = None  # captions of the class images, in turn; {subject} becomes the class noun; null: the base's recipe
-    class_dir: str | None = None  # a folder of your own class images, instead of generating them
-
-    def __post_init__(self) -> None:
-        _require(self.weight >= 0, "prior.weight", "must be 0 or more", self.weight, "1.0 is the paper's")
-        _positive("prior.batch_size", self.batch_size)
-        _positive("prior.num_images", self.num_images)
-        _templates("prior.prompts", self.prompts)
+    def _check_kept(self) -> None:
+        """Checks what photos bring along, and what is kept of them."""
+        known = {"captions": ("prompt", "auto"), "masks": (None, *MASKS), "cache": ("memory", "disk", "off"), "cache_dtype": ("float32", "float16")}
+        for key, values in known.items():
+            rule = f"must be one of {', '.join('null' if value is None else value for value in values)}"
+            _require(getattr(self, key) in values, f"data.{key}", rule, getattr(self, key), "choose one")
+        weight = self.mask_background_weight
+        _require(0 <= weight <= 1, "data.mask_background_weight", "must be in [0, 1]", weight, "0.1 is the default")
+        for key in ("repeats", "steps_per_image", "cache_mb"):
+            _positive(f"data.{key}", getattr(self, key))
 
 
 @dataclass(slots=True)
@@ -129,9 +171,14 @@ class Training:
 
     max_steps: int | None = None  # optimiser steps; null: the base's recipe
     eval_every: int | None = None  # steps between evaluations and sample grids; null: the base's recipe
+    fixed_loss_every: int | None = None  # steps between measurements of the loss on a fixed batch; 0: never; null: the base's recipe
+    early_stop_patience: int | None = None  # stop after so many evaluations in a row without a better step; null: never
     checkpoint_every: int | None = None  # steps between states that a killed run continues from; null: eval_every
     accumulate_grad_batches: int = 1  # batches a step
     gradient_clip_val: float = 1.0  # largest gradient norm
+    ema_decay: float | None = None  # moving average of what learns, in [0, 1): it is evaluated and kept then; null: none; 0.999 is usual
+    gradient_checkpointing: bool = False  # less memory, a third slower: activations are computed again where the gradient needs them
+    compile: bool = False  # torch.compile of the UNet: minutes at the start, for long runs on a GPU
     precision: str = "32-true"  # Lightning's: 32-true, bf16-mixed, 16-mixed, bf16-true
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu
     devices: int = 1
@@ -141,6 +188,11 @@ class Training:
     def __post_init__(self) -> None:
         for key in ("max_steps", "eval_every", "checkpoint_every", "accumulate_grad_batches", "gradient_clip_val", "devices", "log_every_n_steps"):
             _positive(f"trainer.{key}", getattr(self, key))
+        _positive("trainer.early_stop_patience", self.early_stop_patience)
+        decay = self.ema_decay
+        _require(decay is None or 0 <= decay < 1, "trainer.ema_decay", "must be in [0, 1)", decay, "0.999 is usual, null is off")
+        every = self.fixed_loss_every
+        _require(every is None or every >= 0, "trainer.fixed_loss_every", "must be 0 or more", every, "0 never measures it")
         _require(self.devices == 1, "trainer.devices", "must be 1 in this version", self.devices, "start one job a device instead")
         _require(
             self.accelerator in ACCELERATORS,
@@ -185,6 +237,8 @@ class Evaluation:
     selection_images: int | None = None  # images a selection prompt; null: the base's recipe
     final_images: int | None = None  # images a final prompt; null: the base's recipe
     class_images: int | None = None  # images of the class prompt; null: the base's recipe
+    other_prompts: list[str] | None = None  # of other classes, to see what else has moved; []: none; null: the base's, less the subject's own class
+    other_images: int | None = None  # images a prompt of another class; null: the base's recipe
     min_alignment_ratio: float = 0.95  # the best step keeps at least this share of the un-tuned base's prompt alignment
     max_drift_gain: float = 0.15  # and its drift is at most this much above the un-tuned base's
     seed: int = 1000  # of the evaluation noise; not the training seed, so that runs with other seeds stay paired
@@ -192,8 +246,12 @@ class Evaluation:
     def __post_init__(self) -> None:
         for key in ("selection_prompts", "final_prompts"):
             _templates(f"evaluation.{key}", getattr(self, key))
+            _each_once(f"evaluation.{key}", getattr(self, key))
+        _each_once("evaluation.other_prompts", self.other_prompts)
+        for text in self.other_prompts or []:
+            _require("{subject}" not in text, "evaluation.other_prompts", "must name another class", text, 'write it like "a photo of a house"')
         _templates("evaluation.class_prompt", [self.class_prompt] if self.class_prompt is not None else None)
-        for key in ("selection_images", "final_images", "class_images"):
+        for key in ("selection_images", "final_images", "class_images", "other_images"):
             _positive(f"evaluation.{key}", getattr(self, key))
         _require(
             0 <= self.min_alignment_ratio <= 1, "evaluation.min_alignment_ratio", "must be in [0, 1]", self.min_alignment_ratio, "0.95 is the default"
@@ -229,8 +287,10 @@ class Config:
     group: str = "default"  # folder of the runs, and W&B group; an experiment sets its own name
     output_dir: str = "runs"  # where run folders and class banks go
     seed: int = 0  # of the training: order, crops, noise, timesteps
+    price_per_hour: float | None = None  # of the machine, in your money: a run then says what it will cost; null: unknown
     base: StableDiffusion = MISSING
     subject: Subject = field(default_factory=Subject)
+    extra_subjects: list[ExtraSubject] = field(default_factory=list)  # learned too, in the same run; evaluation looks at `subject` alone
     data: Data = field(default_factory=Data)
     prior: Prior = MISSING
     method: Method = MISSING
@@ -244,17 +304,45 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "must be 0 or more", self.seed, "any whole number will do")
+        price = self.price_per_hour
+        _require(price is None or 0 <= price < math.inf, "price_per_hour", "must be 0 or more", price, "leave it out where it is not known")
+        words = [subject.identifier.casefold() for subject in self.subjects]
+        twice = next((word for word in words if words.count(word) > 1), None)
+        _require(twice is None, "extra_subjects.identifier", "must be another one for each subject", twice, "choose another rare word")
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """All that is learned: `subject` first."""
+        return [self.subject, *(extra.as_subject() for extra in self.extra_subjects)]
+
+    @property
+    def identifiers(self) -> str:
+        """The rare words of all subjects with a space between: what a method's embedding rows are for."""
+        return " ".join(subject.identifier for subject in self.subjects)
+
+    @property
+    def prior_prompts(self) -> list[str]:
+        """The captions of class samples: each of the prior's in turn, for each class that a subject belongs to."""
+        return [template.replace("{subject}", noun) for template in self.prior.templates for noun in self.prior_nouns]
+
+    @property
+    def prior_nouns(self) -> list[str]:
+        """The classes that the subjects belong to, each once, as class prompts name them."""
+        return list(dict.fromkeys(subject.prior_in_prompt("{subject}") for subject in self.subjects))
 
 
 CHOICES: dict[str, tuple[type, ...]] = {
     "base": (StableDiffusion,),
-    "prior": (NoPrior, ClassImages),
-    "method": (Full,),
-    "objective": (FollowBase,),
-    "optim": (AdamW,),
+    "prior": (NoPrior, ClassImages, SelfDistilled),
+    "method": (Full, Lora, CrossAttentionKV, TextualInversion, PivotalTuning),
+    "objective": (FollowBase, Epsilon, Velocity, Sample),
+    "optim": (AdamW, AdamW8bit, Prodigy),
     "encoders": (BaseEncoders, LabEncoders, ClipDino),
 }
-NOT_SCIENCE = ("group", "output_dir", "wandb", "data.num_workers", "trainer.progress_bar", "trainer.checkpoint_every")  # change no result
+NOT_SCIENCE = (  # change no result
+    *("group", "output_dir", "price_per_hour", "wandb"),
+    *("data.num_workers", "data.cache", "data.cache_mb", "trainer.progress_bar", "trainer.checkpoint_every"),
+)
 
 
 def choice_name(kind: type) -> str:
@@ -310,17 +398,31 @@ def fingerprint(plain: dict[str, Any], **digests: str) -> str:
     if digests:  # contents stand for the places where they lie
         science["base"].pop("path", None)
         science["data"].pop("subject_dir", None)
+        science["data"].pop("dreambench", None)
         science["prior"].pop("class_dir", None)
+        for extra in science.get("extra_subjects", []):
+            extra.pop("subject_dir", None)
     text = json.dumps([science, sorted(digests.items())], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(slots=True)
-class EvaluateConfig:
-    """Scores a run again: as it was scored at its end, or on other prompts and settings (null: the run's own)."""
+class EvaluateData:
+    """Where other prompts come from."""
 
-    run: str = MISSING  # run folder
-    arms: list[str] = field(default_factory=lambda: ["base", "best", "final"])  # un-tuned base, chosen step, last step
+    dreambench: str | None = None  # DreamBench folder: its prompts for the run's subject, found by subject.name or by the photos
+
+
+@dataclass(slots=True)
+class EvaluateConfig:
+    """Scores one run or many again: as at their end, or on other prompts and settings (null: each run's own)."""
+
+    run: str | None = None  # one run folder
+    runs: Any = None  # many, into one table: a list of run folders, or the folder of a group (every finished run in it)
+    output: str | None = None  # folder of the table of many; null: `combined` beside them
+    arms: list[str] = field(default_factory=lambda: ["base", "best", "final"])  # un-tuned base (always scored), chosen step, last step
+    data: EvaluateData = field(default_factory=EvaluateData)
+    encoders: Encoders = field(default_factory=BaseEncoders)  # base: each run's own
     prompts: list[str] | None = None  # with {subject}
     images: int | None = None  # a prompt
     class_images: int | None = None  # images of the class prompt
@@ -332,7 +434,15 @@ class EvaluateConfig:
         _require(
             bool(self.arms) and not set(self.arms) - {"base", "best", "final"}, "arms", "must be some of base, best, final", list(self.arms), "choose"
         )
+        named = [key for key in ("run", "runs") if getattr(self, key) not in (None, [], "")]
+        _require(len(named) == 1, "run", "must be set, or runs for many, not both", named or None, "write run=runs/default/full-robot-1a2b3c4d")
+        lists = isinstance(self.runs, list | tuple) and all(isinstance(path, str) for path in self.runs)
+        _require(self.runs is None or isinstance(self.runs, str) or lists, "runs", "must be a folder or a list of folders", self.runs, "see --help")
+        both = self.prompts is not None and self.data.dreambench is not None
+        _require(not both, "prompts", "must be null with data.dreambench, which brings its own", self.prompts, "leave one of them out")
+        _require(self.output is None or self.run is None, "output", "is for runs, not for run", self.output, "one run is scored in its own folder")
         _templates("prompts", self.prompts)
+        _each_once("prompts", self.prompts)
         _positive("images", self.images)
         _positive("class_images", self.class_images)
 
@@ -341,6 +451,10 @@ class EvaluateConfig:
         for own, key in (("prompts", "final_prompts"), ("images", "final_images"), ("class_images", "class_images"), ("seed", "seed")):
             if getattr(self, own) is not None:
                 setattr(config.evaluation, key, getattr(self, own))
+        if not isinstance(self.encoders, BaseEncoders):
+            config.encoders = self.encoders
+        elif self.encoders.lpips_backbone is not None:
+            config.encoders.lpips_backbone = self.encoders.lpips_backbone
         config.trainer.accelerator = self.accelerator
         return self.sampling.over(config)
 

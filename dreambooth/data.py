@@ -1,9 +1,10 @@
 """The DataModule: subject and class images mixed in every batch by a sampler without memory.
 
 Which image, crop and flip a sample gets depends on (seed, step, sample) alone, so a run that continues at step 120 sees just what an
-uninterrupted one sees, and arms of an ablation see the same images in the same order.
+uninterrupted one sees, and arms of an ablation see the same images in the same order. So does the bucket of a batch, on (seed, step).
 """
 
+import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dreambooth import randomness
-from dreambooth.config import ClassImages, Config
-from dreambooth.photos import prepare, to_pixel_values
+from dreambooth import buckets, randomness
+from dreambooth.captions import describe
+from dreambooth.config import Config, Subject
+from dreambooth.photos import cut, frame, to_pixel_values
+from dreambooth.subject_photos import SubjectPhotos
 
 
 class Batch(NamedTuple):
@@ -28,6 +31,8 @@ class Batch(NamedTuple):
     prompts: list[str]  # B
     is_prior: Tensor  # (B,) bool, True for class images
     keys: Tensor  # (B, 3) int64: (seed, step, sample), all that the randomness of a sample depends on
+    mask: Tensor | None = None  # (B, 1, H, W) in [0, 1], 1 where the subject is, 1 everywhere without a mask; None: this run has no masks
+    contents: list[str] | None = None  # B, a digest of each sample's pixels: what a cache may know them by
 
 
 class Draw(NamedTuple):
@@ -48,26 +53,53 @@ class ImageSet(NamedTuple):
 
     images: list[Image.Image | Path]
     captions: list[str]
+    masks: list[Image.Image | None] | None = None  # of the pictures, mode L, white is the subject; None: of none
+
+
+class Sample(NamedTuple):
+    """One prepared image with all that belongs to it."""
+
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    caption: str
+    draw: Draw
+    mask: np.ndarray | None  # uint8 (H, W), cut as the image; None: the whole image counts
+    content: str  # digest of the pixels
 
 
 @lru_cache(maxsize=16)
-def _order(length: int, is_prior: bool, seed: int, epoch: int) -> list[int]:
-    return randomness.permutation(length, randomness.PRIOR_ORDER if is_prior else randomness.ORDER, seed, epoch)
+def _order(length: int, is_prior: bool, seed: int, epoch: int, bucket: int) -> list[int]:
+    stream = randomness.PRIOR_ORDER if is_prior else randomness.ORDER
+    return randomness.permutation(length, stream, seed, epoch, *([bucket] if bucket else []))
 
 
-class MixedImages(Dataset[tuple[np.ndarray, str, Draw]]):
-    """Prepared images by draw: each kind is walked through in an order shuffled anew on every round."""
+class MixedImages(Dataset[Sample]):
+    """Prepared images by draw: each kind is walked through in an order shuffled anew on every round.
+
+    With `data.buckets` every bucket has a walk of its own through its photos, and class images are cropped to the bucket of their batch.
+    """
 
     def __init__(self, config: Config, subject: ImageSet, class_bank: ImageSet | None) -> None:
         self.data, self.seed = config.data, config.seed
         self.kinds = {False: subject, True: class_bank}
         self.batch_sizes = {False: config.data.batch_size, True: class_batch_size(config)}
+        sizes = buckets.bucket_sizes(config.data.resolution) if config.data.buckets else [(config.data.resolution,) * 2]
+        members: list[list[int]] = [[] for _ in sizes]
+        for index, image in enumerate(subject.images):
+            members[buckets.nearest_bucket(*image.size, sizes) if config.data.buckets else 0].append(index)
+        self.buckets = [(size, own) for size, own in zip(sizes, members, strict=True) if own]  # those that have photos
 
-    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, str, Draw]:
-        """Returns the uint8 image (H, W, 3), its caption and the draw."""
+    def __getitem__(self, draw: Draw) -> Sample:
+        """Returns the sample of a draw."""
+        turn = buckets.turn(draw.step, tuple(len(own) for _, own in self.buckets), self.seed) if len(self.buckets) > 1 else buckets.Turn(0, draw.step)
+        size, members = self.buckets[turn.bucket]
         kind = self.kinds[draw.is_prior]
-        epoch, position = divmod(draw.step * self.batch_sizes[draw.is_prior] + draw.place, len(kind.images))
-        index = _order(len(kind.images), draw.is_prior, self.seed, epoch)[position]
+        walk, batch = (range(len(kind.images)), draw.step) if draw.is_prior else (members, turn.earlier)
+        epoch, position = divmod(batch * self.batch_sizes[draw.is_prior] + draw.place, len(walk))
+        index = walk[_order(len(walk), draw.is_prior, self.seed, epoch, 0 if draw.is_prior else turn.bucket)[position]]
+        return self._prepared(kind, index, size, draw)
+
+    def _prepared(self, kind: ImageSet, index: int, size: tuple[int, int], draw: Draw) -> Sample:
+        """Returns an image and its mask, cropped and flipped alike, as the draw says."""
         image = kind.images[index]
         if isinstance(image, Path):
             with Image.open(image) as opened:
@@ -75,7 +107,14 @@ class MixedImages(Dataset[tuple[np.ndarray, str, Draw]]):
         key = (self.seed, draw.step, draw.sample)
         u = (randomness.uniform(randomness.CROP, *key, 0), randomness.uniform(randomness.CROP, *key, 1)) if self.data.crop == "random" else (0.5, 0.5)
         flip = self.data.flip and randomness.uniform(randomness.FLIP, *key) < 0.5
-        return prepare(image, self.data.resolution, self.data.crop, flip, u), kind.captions[index], draw
+        place = frame(image, size, self.data.crop, u)
+        mask, pixels = kind.masks[index] if kind.masks else None, cut(image, place, flip)
+        return Sample(pixels, kind.captions[index], draw, None if mask is None else cut(mask, place, flip), pixels_digest(pixels))
+
+
+def pixels_digest(pixels: np.ndarray) -> str:
+    """Returns the hex digest of an image as it is trained on: it changes with the photo, the crop, the flip and the size, and with nothing else."""
+    return hashlib.blake2b(pixels, digest_size=20, salt="x".join(map(str, pixels.shape[:2])).encode()).hexdigest()
 
 
 class StepSampler(Sampler[list[Draw]]):
@@ -114,27 +153,87 @@ class DreamBoothData(pl.LightningDataModule):
         sampler = StepSampler(sizes[False], sizes[True], start, self.config.trainer.max_steps * every)
         return DataLoader(self.images, batch_sampler=sampler, collate_fn=self.collate, num_workers=self.config.data.num_workers)
 
-    def collate(self, samples: list[tuple[np.ndarray, str, Draw]]) -> Batch:
+    def collate(self, samples: list[Sample]) -> Batch:
         """Returns the samples as one batch."""
-        images, captions, draws = zip(*samples, strict=True)
+        pixels, captions, draws, masks, contents = zip(*samples, strict=True)
         keys = torch.tensor([[self.config.seed, draw.step, draw.sample] for draw in draws])  # (B, 3)
-        return Batch(to_pixel_values(np.stack(images)), list(captions), torch.tensor([draw.is_prior for draw in draws]), keys)
+        is_prior = torch.tensor([draw.is_prior for draw in draws])
+        has_masks = self.images.kinds[False].masks is not None
+        mask = torch.stack([_mask_tensor(own, image.shape[:2]) for own, image in zip(masks, pixels, strict=True)]) if has_masks else None
+        return Batch(to_pixel_values(np.stack(pixels)), list(captions), is_prior, keys, mask, list(contents))
+
+
+def _mask_tensor(mask: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+    """Returns a mask as (1, H, W) float32 in [0, 1]; ones where there is none."""
+    return torch.ones(1, *size) if mask is None else torch.from_numpy(mask.astype(np.float32) / 255)[None]
 
 
 def class_batch_size(config: Config) -> int:
-    """Returns the class images in a batch: 0 without prior preservation."""
-    return config.prior.batch_size if isinstance(config.prior, ClassImages) else 0
+    """Returns the class samples in a batch: 0 without prior preservation."""
+    return config.prior.class_samples
+
+
+def subject_set(photos: SubjectPhotos, with_masks: bool) -> ImageSet:
+    """Returns what the subject samples of the batches are made of: the photos of every subject, each as often as its repeats say."""
+    chosen = [(own, k) for own in photos.everyone for _ in range(own.repeats) for k in range(len(own.images))]
+    masks = [own.masks[k] for own, k in chosen] if with_masks else None
+    return ImageSet([own.images[k] for own, k in chosen], [own.captions[k] for own, k in chosen], masks)
+
+
+def class_set(config: Config, photos: list[Image.Image | Path], bank: ImageSet | None, subjects: list[Subject] | None = None) -> ImageSet | None:
+    """Returns what the class samples of the batches are made of; None without prior preservation.
+
+    Args:
+        config: resolved.
+        photos: the subjects'.
+        bank: class images with their captions, where the prior wants some.
+        subjects: whom each photo shows; None: the first subject.
+    """
+    if bank is not None or not config.prior.class_samples:
+        return bank
+    shown, templates = subjects or [config.subject] * len(photos), config.prior.templates
+    captions = [subject.prior_in_prompt(template) for template in templates for subject in shown]
+    return ImageSet([photo for _ in templates for photo in photos], captions)  # every pairing
 
 
 def describe_batch(config: Config, photos: int, class_images: int) -> str:
-    """Returns what a step is made of and how often each image is seen, in one sentence."""
+    """Returns what a step is made of and how often each image is seen, in one sentence.
+
+    Args:
+        config: resolved.
+        photos: of the subject.
+        class_images: length of what `class_set` returns; 0 without prior preservation.
+    """
     every, steps = config.trainer.accumulate_grad_batches, config.trainer.max_steps
     seen = steps * every * config.data.batch_size / photos
     text = f"each step: {every * config.data.batch_size} subject images (each of {photos} photos is seen {seen:.0f} times in {steps} steps)"
     if not class_images:
         return text + ", no prior preservation"
-    seen = steps * every * class_batch_size(config) / class_images
-    return (
-        text
-        + f" + {every * class_batch_size(config)} class images (each of {class_images}: {seen:.1f} times), prior loss weight {config.prior.weight:g}"
-    )
+    count = every * class_batch_size(config)
+    seen = steps * count / class_images
+    if config.prior.wants_bank:
+        drawn = f"{count} class images (each of {class_images}: {seen:.1f} times)"
+    else:
+        pairs = f"{photos} photos x {len(config.prior.templates)} class prompts"
+        drawn = f"{count} class samples (the subject's own photos under class prompts; each of {pairs}: {seen:.1f} times)"
+    target = ", whose target is the un-tuned model's prediction" if config.prior.asks_frozen_model else ""
+    return f"{text} + {drawn}{target}, {config.prior.describe_weight()}"
+
+
+def describe_photos(config: Config, photos: SubjectPhotos) -> list[str]:
+    """Returns what the photos are made into, for people: subjects, captions, buckets, masks, doubts about the cache; nothing in the plain case."""
+    lines = [line for own in photos.everyone for line in describe(own.names, own.captions)]
+    if photos.extras:
+        counts = [f"{own.subject.in_prompt('{subject}')} ({len(own.images)} photos x {own.repeats})" for own in photos.everyone]
+        lines.append(f"subjects: {', '.join(counts)}")
+    if config.data.buckets:
+        used = MixedImages(config, subject_set(photos, False), None).buckets
+        lines.append("buckets: " + ", ".join(f"{len(own)} of {size[0]} x {size[1]} px" for size, own in used))
+    if config.data.masks:
+        masked = sum(mask is not None for own in photos.everyone for mask in own.masks)
+        lines.append(f"masks: {masked} photos; outside them the loss weighs {config.data.mask_background_weight:g}")
+    if config.data.crop == "random" and config.data.cache != "off" and any(image.width != image.height for image in photos.images):
+        lines.append(
+            f"cache: random crops seldom come again, so it saves little ({config.data.cache_mb} MB are kept at most); center or smart ones do"
+        )
+    return lines

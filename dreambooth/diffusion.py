@@ -11,6 +11,7 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 WEIGHTINGS = ("uniform", "min_snr", "capped_velocity")
+HUBER_SCHEDULES = ("exponential", "snr", "constant")
 
 
 class Loss(NamedTuple):
@@ -38,6 +39,20 @@ def scaled_linear_alphas_cumprod(num_steps: int = 1000, beta_start: float = 0.00
     """
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float32) ** 2
     return torch.cumprod(1.0 - betas, dim=0)
+
+
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Returns the schedule shifted and stretched so that the last timestep is pure noise (Lin et al. 2024, alg. 1).
+
+    Args:
+        alphas_cumprod: (T,), falling.
+
+    Returns:
+        (T,) like it: the first value as before, the last exactly 0. A schedule that ends at 0 comes back unchanged.
+    """
+    amplitude = alphas_cumprod.double().sqrt()
+    first, last = amplitude[0], amplitude[-1]
+    return ((amplitude - last) * first / (first - last)).square().to(alphas_cumprod.dtype)
 
 
 def _at(t: Tensor, alphas_cumprod: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +100,27 @@ def signal_to_noise(t: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return signal / (1.0 - signal)
 
 
+def error_scale(t: Tensor, alphas_cumprod: Tensor, predicted: str, measured: str) -> Tensor:
+    """Returns how large an error in one quantity is in another, (B,): 1 when both are the same.
+
+    Given the noisy latents, any two of noise, velocity and clean latents follow from the third, linearly (Salimans & Ho 2022, sec. 4 and
+    appendix D): an error of 1 in x0 is one of alpha / sigma in epsilon and of 1 / sigma in v. So the loss of one quantity is the loss
+    of another times the square of this.
+
+    Args:
+        t: (B,) integers in [0, T).
+        alphas_cumprod: (T,).
+        predicted: the quantity that has the error, one of `PREDICTION_TYPES`.
+        measured: the quantity that the error is wanted in, likewise.
+    """
+    signal = alphas_cumprod.to(t.device)[t].float()
+    alpha, sigma, one = signal.sqrt(), (1.0 - signal).sqrt(), torch.ones_like(signal)
+    if predicted == measured:
+        return one  # also where a quotient would be 0 / 0
+    in_units_of_v = {"v_prediction": one, "sample": sigma, "epsilon": alpha}
+    return in_units_of_v[measured] / in_units_of_v[predicted]
+
+
 def min_snr_weight(t: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Returns the min-SNR-gamma weight of each sample, (B,) (Hang et al. 2023, sec. 3.4).
 
@@ -106,7 +142,65 @@ def capped_velocity_weight(t: Tensor, alphas_cumprod: Tensor, gamma: float, pred
     return weight.clamp(max=gamma)
 
 
-def prior_preservation_loss(pred: Tensor, target: Tensor, is_prior: Tensor, prior_loss_weight: float, weight: Tensor) -> Loss:
+def huber_delta(t: Tensor, alphas_cumprod: Tensor, delta: float, schedule: str) -> Tensor:
+    """Returns where the pseudo-Huber loss turns from quadratic to linear at each timestep, (B,).
+
+    Args:
+        t: (B,) integers in [0, T).
+        alphas_cumprod: (T,).
+        delta: in (0, 1]; in units of the measured quantity, whose standard deviation is about 1.
+        schedule: "exponential": delta^(t / T), so 1 at the clean end and delta at the noisy end, as photos that do not fit disturb the
+            coarse, noisy steps most (Khrapov et al. 2024, "scheduled pseudo-Huber loss"); "snr": (1 - delta) / (1 + sigma)^2 + delta with
+            sigma^2 = 1 / SNR, the variant in common trainers; "constant": delta everywhere, the plain pseudo-Huber loss.
+    """
+    if schedule == "exponential":
+        return delta ** (t.float() / len(alphas_cumprod))
+    if schedule == "snr":
+        return (1.0 - delta) / (1.0 + signal_to_noise(t, alphas_cumprod).rsqrt()).square() + delta
+    return torch.full(t.shape, float(delta), device=t.device)
+
+
+def mask_weight(mask: Tensor, size: tuple[int, int], background: float) -> Tensor:
+    """Returns how much each latent cell counts under masks, (B, 1, h, w) float32, with mean 1 for each sample.
+
+    1 inside and `background` outside, in proportion to the area of a cell that is inside, then divided by the sample's mean: so the loss
+    is the mean over the subject's cells (for a background of 0), and a small subject's is as large as a large one's.
+
+    Args:
+        mask: (B, 1, H, W) in [0, 1], 1 where the subject is.
+        size: (h, w) of the latents.
+        background: weight outside, in [0, 1]. A sample that shows nothing but background counts evenly, and not at all if this is 0.
+    """
+    inside = torch.nn.functional.adaptive_avg_pool2d(mask.float(), size)  # (B, 1, h, w)
+    weight = background + (1.0 - background) * inside
+    return weight / weight.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+
+def per_sample_error(pred: Tensor, target: Tensor, delta: Tensor | None = None, cell_weight: Tensor | None = None) -> Tensor:
+    """Returns the mean error of each sample, (B,) float32: squared, or pseudo-Huber where `delta` is given.
+
+    Args:
+        pred, target: (B, C, h, w).
+        delta: (B,), or None for the squared error. The pseudo-Huber error 2 delta (sqrt(e^2 + delta^2) - delta) of an element is e^2
+            where e is small against delta and 2 delta |e| where it is large.
+        cell_weight: (B, 1, h, w) of each cell's error, with mean 1 (see `mask_weight`); None: all count alike.
+    """
+    error = (pred.float() - target.float()).square()  # (B, C, h, w)
+    if delta is not None:
+        delta = delta.float().reshape(-1, *[1] * (error.ndim - 1))  # (B, 1, 1, 1)
+        error = 2.0 * delta * error / ((error + delta.square()).sqrt() + delta)  # a - b as (a^2 - b^2) / (a + b): no cancellation
+    return (error if cell_weight is None else error * cell_weight.to(error)).flatten(1).mean(1)
+
+
+def prior_preservation_loss(
+    pred: Tensor,
+    target: Tensor,
+    is_prior: Tensor,
+    prior_loss_weight: float,
+    weight: Tensor,
+    delta: Tensor | None = None,
+    cell_weight: Tensor | None = None,
+) -> Loss:
     """Returns the subject loss plus lambda times the class loss (Ruiz et al. 2023, eq. 2).
 
     Args:
@@ -114,11 +208,13 @@ def prior_preservation_loss(pred: Tensor, target: Tensor, is_prior: Tensor, prio
         is_prior: (B,) bool, True for class images. Samples may come in any order and any proportion.
         prior_loss_weight: lambda; 1.0 in the paper. 0.0 leaves only the subject.
         weight: (B,) timestep weight of each sample; ones for the paper's loss.
+        delta: (B,) of the pseudo-Huber error, or None for the paper's squared error.
+        cell_weight: (B, 1, h, w) of each latent cell, with mean 1 for each sample, or None: see `mask_weight`.
 
-    Each term is the mean over its own samples of the weighted mean squared error, so the ratio of subject to class images
+    Each term is the mean over its own samples of the weighted mean error, so the ratio of subject to class images
     in a batch does not change their balance: lambda alone does. A kind with no sample contributes 0.
     """
-    per_sample = weight.float() * (pred.float() - target.float()).pow(2).flatten(1).mean(1)  # (B,)
+    per_sample = weight.float() * per_sample_error(pred, target, delta, cell_weight)  # (B,)
     prior = is_prior.to(per_sample.dtype)
     subject_loss = (per_sample * (1.0 - prior)).sum() / (1.0 - prior).sum().clamp(min=1.0)
     prior_loss = (per_sample * prior).sum() / prior.sum().clamp(min=1.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dreambooth.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from dreambooth.perceptual import Lpips
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -25,6 +28,13 @@ FileGroups = tuple[tuple[str, ...], ...]  # one file of each group is needed
 LAB_FILES: FileGroups = (("identity.safetensors",), ("image.safetensors",), ("text.safetensors",))
 
 
+class Patches(NamedTuple):
+    """What the identity network sees, place by place."""
+
+    tokens: Tensor  # (N, P, C) float32, of any length; row by row from the upper left
+    grid: tuple[int, int]  # rows and columns: P = rows * columns
+
+
 class LoadedEncoders(ABC):
     """Networks in memory that turn images and prompts into unit vectors; the cosine of two is their dot product.
 
@@ -32,10 +42,12 @@ class LoadedEncoders(ABC):
         version: the evaluator, in words, to be written beside every score: networks, layer, pooling, preprocessing, hash of the weights.
             Scores of different versions are not comparable.
         device: where the networks are; features always come back on the CPU, in float32.
+        perceptual: LPIPS, or None when the config names no weights for it.
     """
 
     version: str
     device: torch.device
+    perceptual: "Lpips | None" = None
 
     def identity(self, images: Images, batch_size: int = 32) -> Tensor:
         """Returns features that tell one individual from another, (N, D) float32 of length 1.
@@ -47,11 +59,63 @@ class LoadedEncoders(ABC):
         Raises:
             ValueError: the images are not uint8 RGB.
         """
-        return self._in_batches(self._identity, _pixels(images), BLANK, batch_size)
+        features = self._in_batches(lambda batch: (self._identity_with_patches(batch)[0],), _pixels(images), BLANK, batch_size)[0]
+        return F.normalize(features, dim=-1)
+
+    def patches(self, images: Images, batch_size: int = 32) -> Patches:
+        """Returns the patch tokens behind `identity`: those of its last layer, after its final norm; arguments as `identity`.
+
+        DINO and DINOv2: the tokens other than the class token. Lab: the last feature map before pooling.
+        """
+        shape: list[torch.Size] = []
+
+        def keep(maps: list[Pixels]) -> tuple[Tensor, ...]:
+            tokens = self._identity_with_patches(maps)[1]  # (n, h, w, C)
+            shape.append(tokens.shape)
+            return (tokens.flatten(1, 2),)
+
+        tokens = self._in_batches(keep, _pixels(images), BLANK, batch_size)[0]
+        return Patches(tokens, (shape[0][1], shape[0][2]))
+
+    def identity_with_patches(self, images: Images, reduce: Callable[[Tensor], Tensor], batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Returns identity features and what `reduce` makes of the patch tokens, from one forward pass.
+
+        Args:
+            images: as for `identity`.
+            reduce: patch tokens of a batch on the CPU, (n, P, C) float32 -> (n, ...). The tokens of 3000 images would fill a GB; what is
+                made of them need not.
+            batch_size: images in one forward pass.
+
+        Returns:
+            (N, D) float32 of length 1, and (N, ...).
+        """
+
+        def encode(batch: list[Pixels]) -> tuple[Tensor, ...]:
+            identity, tokens = self._identity_with_patches(batch)  # (n, D), (n, h, w, C)
+            return identity, reduce(tokens.flatten(1, 2).float().cpu())
+
+        identity, reduced = self._in_batches(encode, _pixels(images), BLANK, batch_size)
+        return F.normalize(identity, dim=-1), reduced
+
+    def patch_shares(self, masks: NDArray[np.floating] | Sequence[NDArray[np.floating]]) -> Tensor:
+        """Returns the share of each patch that a mask covers, (N, P) in [0, 1]; the mask is resized and cropped exactly as its image is.
+
+        Args:
+            masks: N masks (H, W) in [0, 1], each of the size of its image.
+
+        Raises:
+            ValueError: a mask has another number of dimensions or other values.
+        """
+        arrays = [np.asarray(mask, np.float32) for mask in masks]
+        for mask in arrays:
+            if mask.ndim != 2 or not (mask.min() >= 0 and mask.max() <= 1):  # so written, a NaN is refused as well
+                raise ValueError(f"masks must be (height, width) in [0, 1], got shape {mask.shape}, {mask.min()} to {mask.max()}")
+        return torch.stack([self._patch_shares(mask).flatten() for mask in arrays])
 
     def image(self, images: Images, batch_size: int = 32) -> Tensor:
         """Returns features of images in the space that they share with `text`, (N, E) float32 of length 1; arguments as `identity`."""
-        return self._in_batches(self._image, _pixels(images), BLANK, batch_size)
+        features = self._in_batches(lambda batch: (self._image(batch),), _pixels(images), BLANK, batch_size)[0]
+        return F.normalize(features, dim=-1)
 
     def text(self, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Returns features of prompts in the space that they share with `image`, (N, E) float32 of length 1.
@@ -66,10 +130,14 @@ class LoadedEncoders(ABC):
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
-        return self._in_batches(self._text, list(prompts), "", batch_size)
+        features = self._in_batches(lambda batch: (self._text(batch),), list(prompts), "", batch_size)[0]
+        return F.normalize(features, dim=-1)
 
     @abstractmethod
-    def _identity(self, images: list[Pixels]) -> Tensor: ...  # one batch, (N, D), not yet of length 1
+    def _identity_with_patches(self, images: list[Pixels]) -> tuple[Tensor, Tensor]: ...  # one batch, (N, D) and (N, h, w, C), of any length
+
+    @abstractmethod
+    def _patch_shares(self, mask: NDArray[np.float32]) -> Tensor: ...  # (H, W) -> (h, w)
 
     @abstractmethod
     def _image(self, images: list[Pixels]) -> Tensor: ...  # (N, E)
@@ -77,11 +145,12 @@ class LoadedEncoders(ABC):
     @abstractmethod
     def _text(self, prompts: list[str]) -> Tensor: ...  # (N, E)
 
-    def _in_batches(self, encode: Callable[[list[T]], Tensor], items: list[T], blank: T, batch_size: int) -> Tensor:
+    def _in_batches(self, encode: Callable[[list[T]], tuple[Tensor, ...]], items: list[T], blank: T, batch_size: int) -> tuple[Tensor, ...]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # a score does not depend on the training's precision
-            batches = [encode(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
-            features = torch.cat(batches or [encode([blank])[:0]])  # (N, D)
-        return F.normalize(features.float(), dim=-1).cpu()
+            starts = range(0, len(items), batch_size)
+            batches = [tuple(part.float().cpu() for part in encode(items[start : start + batch_size])) for start in starts]
+            batches = batches or [tuple(part[:0].float().cpu() for part in encode([blank]))]
+        return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
 
 @dataclass(slots=True)
@@ -89,6 +158,7 @@ class Encoders:
     """Parent of the choices of feature extractors."""
 
     name: str = "encoders"
+    lpips_backbone: str | None = None  # file of torchvision's AlexNet weights (.pth or .safetensors), for LPIPS; null: no LPIPS
 
     def missing(self) -> str | None:
         """Returns one sentence that says which weights this machine lacks and what to do, or None; quick, and never asks the network."""
@@ -100,7 +170,9 @@ class Encoders:
 
     def check(self) -> None:
         """Raises ConfigError if this machine lacks weights; looks at names of files only."""
-        raise NotImplementedError
+        if self.lpips_backbone is not None and not Path(self.lpips_backbone).expanduser().is_file():
+            rule, next_step = "must be the file of torchvision's AlexNet weights", "correct the path, or set it to null to do without LPIPS"
+            raise ConfigError("encoders.lpips_backbone", rule, self.lpips_backbone, next_step)
 
     def load_or_reason(self, device: str | torch.device = "cpu") -> tuple[LoadedEncoders | None, str | None]:
         """Returns the networks, or else the sentence that says why there are none: a run without scores still has its pictures."""
@@ -115,6 +187,18 @@ class Encoders:
         Raises:
             UserError: the weights cannot be had, or are not of this kind.
         """
+        Encoders.check(self)  # the small file first: the large ones may take a download
+        loaded = self._load(device)
+        if self.lpips_backbone is None:
+            loaded.version += "; no LPIPS weights: diversity by identity features alone"
+            return loaded
+        from dreambooth.perceptual import Lpips
+
+        loaded.perceptual = Lpips.load(Path(self.lpips_backbone).expanduser(), device)
+        loaded.version += f"; {loaded.perceptual.version}"
+        return loaded
+
+    def _load(self, device: str | torch.device) -> LoadedEncoders:
         raise NotImplementedError
 
 
@@ -127,15 +211,15 @@ class LabEncoders(Encoders):
 
     def check(self) -> None:
         """Raises ConfigError if a file of the scorers is not there."""
+        Encoders.check(self)  # no super() in a dataclass with slots
         require_files("encoders.folder", self._weights(), LAB_FILES, "set it to null for the shipped scorers")
 
-    def load(self, device: str | torch.device = "cpu") -> LoadedEncoders:
-        """Returns the scorers, ready to encode on the device."""
+    def _load(self, device: str | torch.device) -> LoadedEncoders:
         from dreambooth.lab.scorers import LabScorers
 
         self.check()
         folder = self._weights()
-        version = f"lab: scorers, sha256 {sha256_of(folder / name for (name,) in LAB_FILES)}"
+        version = f"lab: scorers; patches = the identity network's last map; sha256 {sha256_of(folder / name for (name,) in LAB_FILES)}"
         return LoadedLab(LabScorers.load(folder).to(device), torch.device(device), version)
 
     def _weights(self) -> Path:
@@ -148,7 +232,8 @@ class LoadedLab(LoadedEncoders):
     """The lab's scorers behind the interface that all encoders share.
 
     Args:
-        scorers: has identity(x) and image(x) of x (N, 3, H, W) in [-1, 1], and text(list of N texts), each giving (N, D).
+        scorers: has image(x) of x (N, 3, H, W) in [-1, 1] and text(list of N texts), each giving (N, D); identity_with_patches(x) giving
+            (N, D) and (N, h, w, C); patch_shares(masks (N, H, W)) giving (N, h, w).
         device: where to compute.
         version: the evaluator in words.
     """
@@ -157,8 +242,12 @@ class LoadedLab(LoadedEncoders):
         self.device, self.version = device, version
         self.scorers = scorers
 
-    def _identity(self, images: list[Pixels]) -> Tensor:
-        return torch.cat([self.scorers.identity(x) for x in self._same_sizes(images)])
+    def _identity_with_patches(self, images: list[Pixels]) -> tuple[Tensor, Tensor]:
+        parts = [self.scorers.identity_with_patches(x) for x in self._same_sizes(images)]
+        return torch.cat([identity for identity, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+    def _patch_shares(self, mask: NDArray[np.float32]) -> Tensor:
+        return self.scorers.patch_shares(torch.from_numpy(mask)[None])[0]
 
     def _image(self, images: list[Pixels]) -> Tensor:
         return torch.cat([self.scorers.image(x) for x in self._same_sizes(images)])
@@ -182,13 +271,13 @@ class ClipDino(Encoders):
 
     def check(self) -> None:
         """Raises ConfigError if a model is neither in its folder nor in the Hugging Face cache."""
+        Encoders.check(self)
         from dreambooth.clip_dino import CLIP_FILES, DINO_FILES, find
 
         find("encoders.clip_path", self.clip_path, CLIP_FILES)
         find("encoders.dino_path", self.dino_path, DINO_FILES)
 
-    def load(self, device: str | torch.device = "cpu") -> LoadedEncoders:
-        """Returns the networks; weights that are not on this machine are downloaded if Hugging Face can be reached."""
+    def _load(self, device: str | torch.device) -> LoadedEncoders:
         from dreambooth.clip_dino import CLIP_FILES, DINO_FILES, LoadedClipDino, obtain
 
         clip = obtain("encoders.clip_path", self.clip_path, CLIP_FILES)

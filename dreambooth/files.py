@@ -64,13 +64,14 @@ def write_png(path: Path, picture: Image.Image, text: PngInfo | None = None) -> 
     return write_with(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=text))
 
 
-def require_free(folder: Path, needed_bytes: int, where: str) -> None:
+def require_free(folder: Path, needed_bytes: int, where: str, purpose: str = "checkpoints") -> None:
     """Refuses a job that the disk has no room for, before it starts.
 
     Args:
         folder: an existing folder on the disk that will be written to.
         needed_bytes: what the job will write at most.
         where: the config path that can name another place.
+        purpose: what the room is for, in the message.
 
     Raises:
         UserError: when less is free.
@@ -79,7 +80,7 @@ def require_free(folder: Path, needed_bytes: int, where: str) -> None:
     if free < needed_bytes:
         raise UserError(
             where,
-            f"must be on a disk with {needed_bytes / 1e9:.2f} GB free for checkpoints",
+            f"must be on a disk with {needed_bytes / 1e9:.2f} GB free for {purpose}",
             f"{free / 1e9:.2f} GB",
             f"free some space, or set {where} to another disk",
         )

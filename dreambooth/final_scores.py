@@ -1,8 +1,9 @@
 """The final scores of a run folder: every arm on the same prompts and noise, reference rows beside them, pictures to look at.
 
-Reads the folder and nothing else, so `evaluate.py` gives the same scores at any later time.
+Reads the folder and nothing else, so `evaluate.py` gives the same scores at any later time, and goes on where it was cut off.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,20 +11,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 
+from dreambooth.base_images import draw_base, keep
 from dreambooth.config import Config, to_plain
+from dreambooth.dreambench import prompt_kind
 from dreambooth.encoders import LoadedEncoders
-from dreambooth.evaluation import Item, Scores, draw, final_plan, save_images, score
+from dreambooth.evaluation import Item, draw_missing, final_plan, find_kept
 from dreambooth.files import write_json, write_png, write_with
 from dreambooth.generation import pick_device
 from dreambooth.grids import image_grid
-from dreambooth.metrics import real_photo_oracle
+from dreambooth.lab_truth import lab_truth
+from dreambooth.metric_table import METRICS, MetricInfo
 from dreambooth.runs import RunFolder, load, load_weights
+from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, references, score
 from dreambooth.statistics import Interval, paired_difference
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]  # (total, label) -> a context that gives "n more are done"
+ARMS = ("base", "best", "final")  # un-tuned base, chosen step, last step; in the order in which they are drawn
+MANY_COLUMNS = 12  # of a grid; with more prompts they become its rows
 
 
 def silent(total: int, label: str) -> AbstractContextManager[Callable[[int], None]]:
@@ -32,16 +38,24 @@ def silent(total: int, label: str) -> AbstractContextManager[Callable[[int], Non
 
 
 def evaluate_run(
-    run: RunFolder, config: Config, arms: Sequence[str] = ("base", "best", "final"), progress: Progress = silent, suffix: str = ""
+    run: RunFolder,
+    config: Config,
+    arms: Sequence[str] = ARMS,
+    progress: Progress = silent,
+    suffix: str = "",
+    pictures: str | None = None,
 ) -> dict[str, Any]:
     """Draws and scores a run's models; writes scores.json, scores.parquet, samples/final and samples/final_grid.png.
+
+    What is already drawn by the same recipe is taken as it is, so an evaluation that was cut off goes on, with the same result.
 
     Args:
         run: a run with weights.
         config: the run's config, perhaps with other evaluation settings.
-        arms: "base" (un-tuned), "best" (the chosen step), "final" (the last step; left out when it is the best one).
+        arms: "best" (the chosen step), "final" (the last step; left out when it is the best one); "base" (un-tuned) is always scored.
         progress: shows how far the drawing is.
         suffix: put behind the names of what is written, so that other prompts do not overwrite the run's own scores.
+        pictures: the same for the folder of the pictures; None: as `suffix`.
 
     Returns:
         What scores.json holds: the evaluator's version, the plan, a row of scores for each arm, reference rows, paired differences.
@@ -51,49 +65,110 @@ def evaluate_run(
     """
     device = pick_device(config.trainer.accelerator)
     encoders, missing = config.encoders.load_or_reason(device)
-    photos, items = read_photos(run), final_plan(config)
-    subject = encoders.identity(photos) if encoders else None
-    trained, steps, images, scores = load(run.path, "base"), {}, {}, {}
-    trained.base.to(device)
-    for arm in arms:
-        step = 0 if arm == "base" else load_weights(run, arm, trained.base)
-        if arm == "final" and step == steps.get("best"):
-            continue
-        steps[arm] = step
-        with progress(len(items), f"final images, {arm} (step {step})") as advance:
-            images[arm] = draw(trained.base, items, config, advance)
-        save_images(run.path / "samples" / f"final{suffix}" / arm, items, images[arm], {"run": run.path.name, "arm": arm, "step": step})
-        if encoders:
-            scores[arm] = score(images[arm], items, subject, encoders)
+    items = final_plan(config)
+    folder = run.path / "samples" / f"final{suffix if pictures is None else pictures}"
+    images, steps = _draw_arms(run, config, items, [arm for arm in ARMS if arm in arms or arm == "base"], folder, device, progress)
+    photos, subject, truth = read_photos(run), run_reference(run, encoders), lab_truth(config, encoders)
+    scores = {arm: score(images[arm], items, subject, encoders, images["base"], truth) for arm in images} if encoders else {}
     result = {
-        "format": 1,
+        "format": 2,
         "evaluator": encoders.version if encoders else None,
         "missing": missing,
-        "unit": "one subject, one training seed: intervals are over prompts (fidelity, alignment) or class images (drift), not over subjects",
+        "unit": "one subject, one training seed: intervals are over prompts (class images for the class), not over subjects",
         "evaluation": to_plain(config.evaluation),
         "sampling": to_plain(config.sampling),
         "rows": [_row(arm, steps[arm], scores.get(arm)) for arm in steps],
         "references": _references(config, items, encoders, subject),
         "differences": _differences(scores),
     }
-    write_json(run.path / f"scores{suffix}.json", result)
-    _write_per_image(run.path / f"scores{suffix}.parquet", steps, scores)
+    run.confirm()
+    if scores:
+        table = per_image_table(run, config, steps, scores)
+        write_with(run.path / f"scores{suffix}.parquet", lambda temporary: table.to_parquet(temporary, index=False))
     write_png(run.path / "samples" / f"final_grid{suffix}.png", final_grid(photos, items, images, steps))
+    write_json(run.path / f"scores{suffix}.json", result)
     return result
 
 
-def read_photos(run: RunFolder) -> np.ndarray:
-    """Returns the run's prepared subject photos, uint8 (M, H, W, 3)."""
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted((run.path / "photos").glob("*.png"))])
+def per_image_table(run: RunFolder, config: Config, steps: dict[str, int], scores: dict[str, Scores]) -> pd.DataFrame:
+    """Returns one row an image and arm: run, group, subject, seed, arm, step, what was drawn (prompt_kind for the subject's), all scores."""
+    frames = []
+    for arm, found in scores.items():
+        rows = found.per_image
+        kinds = [prompt_kind(template) if kind == "subject" else "" for kind, template in zip(rows.kind, rows.template, strict=True)]
+        about = {"run": run.path.name, "group": config.group, "subject": subject_label(run, config), "seed": config.seed, "arm": arm}
+        frames.append(rows.assign(**about, step=steps[arm], prompt_kind=kinds)[[*about, "step", "kind", "prompt_kind", *rows.columns.drop("kind")]])
+    return pd.concat(frames, ignore_index=True)
+
+
+def subject_label(run: RunFolder, config: Config) -> str:
+    """Returns the word for a run's subject in tables: its name; else the class with the lab's individual or the photos' digest."""
+    subject = config.subject
+    if subject.name is not None:
+        return subject.name
+    return f"{subject.class_noun}-{subject.lab_seed if config.data.subject_dir is None else run.record['digests']['photos'][:6]}"
+
+
+def read_photos(run: RunFolder, folder: str = "photos") -> np.ndarray:
+    """Returns the run's prepared subject photos, uint8 (M, H, W, 3); (0,) where a run has none in that folder."""
+    paths = sorted((run.path / folder).glob("*.png"))
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]) if paths else np.empty(0, np.uint8)
+
+
+def run_reference(run: RunFolder, encoders: LoadedEncoders | None) -> Reference | None:
+    """Returns what a run's images are held against: its photos with their masks, and those set aside; None without encoders."""
+    if encoders is None:
+        return None
+    held_out, masks = read_photos(run, "photos/held_out"), {path.name: path for path in (run.path / "photos" / "masks").glob("*.png")}
+    names = [path.name for path in sorted((run.path / "photos").glob("*.png"))]
+    known = [np.asarray(Image.open(masks[name]).convert("L"), np.float32) / 255 if name in masks else None for name in names]
+    return reference(read_photos(run), encoders, known if masks else None, held_out if len(held_out) else None)
 
 
 def final_grid(photos: np.ndarray, items: Sequence[Item], images: dict[str, np.ndarray], steps: dict[str, int], per_prompt: int = 2) -> Image.Image:
-    """Returns the grid of a run: the photos on top, then a row an arm; same column, same prompt and noise. The first images, not chosen ones."""
+    """Returns the grid of a run: the photos, then each arm; side by side the same prompt and noise. The first images, not chosen ones.
+
+    A row an arm, or with many prompts a column an arm and one image a prompt.
+    """
     columns = [k for k, item in enumerate(items) if item.key[-1] < per_prompt]
+    if len(columns) > MANY_COLUMNS:
+        columns = [k for k, item in enumerate(items) if item.key[-1] == 0]
     labels = [items[k].scored_prompt if items[k].kind == "class" else items[k].prompt for k in columns]
     rows = [list(photos[: len(columns)]) + [None] * (len(columns) - len(photos))] + [[images[arm][k] for k in columns] for arm in images]
     names = ["photos"] + [{"base": "un-tuned base", "best": f"best step {steps[arm]}", "final": f"last step {steps[arm]}"}[arm] for arm in images]
+    if len(columns) > MANY_COLUMNS:
+        return image_grid([list(row) for row in zip(*rows, strict=True)], labels, names)
     return image_grid(rows, names, labels)
+
+
+def _draw_arms(
+    run: RunFolder, config: Config, items: Sequence[Item], arms: Sequence[str], folder: Path, device: str, progress: Progress
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Returns the images and the step of each arm; draws what is not yet in the folder."""
+    base = load(run.path, "base").base.to(device)
+    images: dict[str, np.ndarray] = {}
+    steps: dict[str, int] = {}
+    for arm in arms:
+        step = 0 if arm == "base" else load_weights(run, arm, base)
+        if arm == "final" and step == steps.get("best"):
+            continue
+        steps[arm] = step
+        recipe = {"run": run.path.name, "arm": arm, "step": step, "model": _model_digest(run, arm), "device": device}
+        kept = find_kept(folder / arm, items, config, recipe)
+        there = f", {kept.there} of {len(items)} there already" if kept.there else ""
+        with progress(len(items), f"final images, {arm} (step {step}{there})") as advance:
+            shared = arm == "base" and kept.there < len(items) and run.path.parent.name == config.group  # among the runs of a sweep
+            images[arm] = keep(kept, draw_base(run, base, items, config, advance)) if shared else draw_missing(base, items, config, kept, advance)
+    return images, steps
+
+
+def _model_digest(run: RunFolder, arm: str) -> str:
+    """Returns 12 hex digits for the model that draws an arm: of the base's content, and of the file of the learned weights."""
+    digest = hashlib.sha256(run.record["digests"]["base"].encode())
+    if arm != "base":
+        with (run.path / "checkpoints" / f"{arm}.safetensors").open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()[:12]
 
 
 def _row(arm: str, step: int, scores: Scores | None) -> dict[str, Any]:
@@ -109,19 +184,16 @@ def _interval(interval: Interval) -> dict[str, Any]:
     return {"low": interval.low, "high": interval.high, "n": interval.n, "unit": interval.unit}
 
 
-def _references(config: Config, items: Sequence[Item], encoders: LoadedEncoders | None, subject: torch.Tensor | None) -> dict[str, Any]:
-    """Returns the marks to read the scores against: real photos with each other and, in the lab, true renders for the same prompts."""
+def _references(config: Config, items: Sequence[Item], encoders: LoadedEncoders | None, subject: Reference | None) -> dict[str, Any]:
+    """Returns the marks to read the scores against: real photos with each other, copies of the photos and, in the lab, true renders."""
     if encoders is None:
         return {}
-    found: dict[str, Any] = {
-        "real_photos": {"identity_fidelity": float(real_photo_oracle(subject))},
-        "real_photos_with_self_pairs": {"identity_fidelity": float(real_photo_oracle(subject, self_pairs=True))},
-    }
+    found: dict[str, Any] = references(subject, [item.scored_prompt for item in items if item.kind == "subject"], encoders)
     truth = _ground_truth(config, items)
     if truth is not None:
         kept, pixels = truth
-        scores = score(pixels, kept, subject, encoders)
-        found["ground_truth"] = {key: scores.values[key] for key in ("identity_fidelity", "prompt_alignment", "diversity")}
+        values = score(pixels, kept, subject, encoders, truth=lab_truth(config, encoders)).values
+        found["ground_truth"] = {info.key: values[info.key] for info in METRICS if info.kind == "subject" and info.key in values}
     return found
 
 
@@ -142,28 +214,24 @@ def _ground_truth(config: Config, items: Sequence[Item]) -> tuple[list[Item], np
 
 
 def _differences(scores: dict[str, Scores]) -> dict[str, Any]:
-    """Returns each tuned arm minus the base, paired by prompt and noise."""
-    found = {}
-    for arm in (set(scores) - {"base"}) if "base" in scores else ():
-        both = scores[arm].per_image, scores["base"].per_image
-        subject, other = both[0].kind == "subject", both[0].kind == "class"
-        prompts = both[0].template[subject].to_numpy()
-        found[f"{arm} - base"] = {
-            key: {"mean": d.mean} | _interval(d)
-            for key, d in {
-                "identity_fidelity": paired_difference(
-                    both[0].identity[subject].to_numpy(), both[1].identity[subject].to_numpy(), prompts, unit="prompt"
-                ),
-                "prompt_alignment": paired_difference(
-                    both[0].alignment[subject].to_numpy(), both[1].alignment[subject].to_numpy(), prompts, unit="prompt"
-                ),
-                "drift": paired_difference(both[0].identity[other].to_numpy(), both[1].identity[other].to_numpy(), unit="image"),
-            }.items()
-        }
+    """Returns each tuned arm minus the base, paired by prompt and noise, for every score that is a mean of its images."""
+    found: dict[str, Any] = {}
+    for arm in scores:
+        if arm == "base":
+            continue
+        pairs = {info.key: _paired(scores[arm].per_image, scores["base"].per_image, info) for info in METRICS}
+        found[f"{arm} - base"] = {key: {"mean": d.mean} | _interval(d) for key, d in pairs.items() if d is not None}
     return found
 
 
-def _write_per_image(path: Path, steps: dict[str, int], scores: dict[str, Scores]) -> None:
-    if scores:
-        frames = [scores[arm].per_image.assign(arm=arm, step=steps[arm]) for arm in scores]
-        write_with(path, lambda temporary: pd.concat(frames, ignore_index=True).to_parquet(temporary))
+def _paired(tuned: pd.DataFrame, base: pd.DataFrame, info: MetricInfo) -> Interval | None:
+    """Returns the difference of one score; None where it is not measured image by image."""
+    rows = tuned.kind == info.kind
+    if info.column not in tuned.columns or not (tuned[info.column][rows].notna() & base[info.column][rows].notna()).any():
+        return None
+    a, b = tuned[info.column][rows].to_numpy(float), base[info.column][rows].to_numpy(float)
+    if info.kind != "class":
+        return paired_difference(a, b, tuned.template[rows].to_numpy(), unit="prompt")
+    if info.key == "class_diversity":
+        a, b = pair_mean_pseudovalues(a), pair_mean_pseudovalues(b)
+    return paired_difference(a, b, unit="image")  # all class images share one prompt

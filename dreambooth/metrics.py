@@ -1,37 +1,28 @@
-"""Scores of feature vectors: what was learned about the subject, and what was lost; networks live in `encoders.py`."""
+"""Scores of feature vectors: what was learned about the subject, and what was lost; networks live in `encoders.py`.
+
+Three kinds of features come in, and every score says which it takes:
+
+- *identity*: DINO ViT-S/16, class token after the final layer norm, 384 numbers; short side resized to 256 (bicubic, antialiased), centre
+  crop 224, ImageNet mean and standard deviation (Caron et al. 2021). DINOv2 the same way. In the lab: the identity scorer.
+- *image* and *text*: CLIP ViT-B/32, the projections that CLIP itself compares, 512 numbers; short side resized to 224 (bicubic,
+  antialiased), centre crop 224, CLIP's mean and standard deviation (Radford et al. 2021). In the lab: the image and text scorers.
+
+Which networks it was in fact stands in the evaluator's version beside the scores (`LoadedEncoders.version`).
+"""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
-
-
-class MetricInfo(NamedTuple):
-    """One row of the table of scores."""
-
-    key: str  # name in scores.json, after "score/" in a log
-    title: str  # name in a report
-    direction: str  # "up" or "down": where better is
-    sentence: str  # what it says, for a reader who sees it for the first time
-
-
-METRICS = (
-    MetricInfo("identity_fidelity", "Identity fidelity", "up", "How much the generated images look like the subject's photos."),
-    MetricInfo("prompt_alignment", "Prompt alignment", "up", "How well the generated images show what their prompts say."),
-    MetricInfo("drift", "Drift", "down", "How much images of the plain class have come to look like the subject."),
-    MetricInfo("diversity", "Diversity", "up", "How much images of one prompt differ from each other."),
-)
 
 
 def identity_fidelity(generated: Tensor, subject: Tensor) -> Tensor:
     """Returns how much the generated images look like the subject: the mean cosine over all pairs (generated, photo).
 
     Args:
-        generated: identity features of the generated images, (N, D), any length of vector.
-        subject: identity features of the subject's photos, (M, D).
+        generated: features of the generated images, (N, D), any length of vector.
+        subject: features of the subject's photos, (M, D), of the same network.
 
     Returns:
         A scalar in [-1, 1], higher is better; NaN if N or M is 0.
@@ -39,7 +30,10 @@ def identity_fidelity(generated: Tensor, subject: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
 
-    Source: Ruiz et al. 2023, sec. 4.1 ("DINO" with DINO features, "CLIP-I" with CLIP's).
+    With identity features it is the paper's "DINO", here `identity_fidelity`; with image features its "CLIP-I", here `image_fidelity`
+    (the paper does not say which CLIP). All pairs, not one photo an image; the mean over subjects is `macro_mean`.
+
+    Source: Ruiz et al. 2023, sec. 4.1; layer and preprocessing, which the paper leaves open: google/dreambooth issue 3.
     """
     return per_image_fidelity(generated, subject).mean()
 
@@ -61,6 +55,10 @@ def prompt_alignment(images: Tensor, prompts: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Image and text features. The prompt is given without the identifier and with the class noun ("a dog on the beach"): the network does
+    not know the identifier, whose letters would only add noise. The other reading is `prompt_alignment_with_identifier`; the paper does
+    not say which is its own.
 
     Source: Ruiz et al. 2023, sec. 4.1.
     """
@@ -88,6 +86,8 @@ def drift(class_images: Tensor, subject: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
 
+    Identity features. The class prompt names no subject, and the photos are real ones of the subject.
+
     Source: Ruiz et al. 2023, sec. 4.3 ("PRES").
     """
     return _cosines(class_images, subject, "class_images", "subject").mean()
@@ -96,8 +96,8 @@ def drift(class_images: Tensor, subject: Tensor) -> Tensor:
 def diversity(features: Tensor, groups: Tensor) -> Tensor:
     """Returns how much images of one prompt differ: "DIV", the mean over prompts of the mean distance of their pairs.
 
-    The distance of images i < j is 1 - cosine in the identity encoder's space: a perceptual distance, but not the LPIPS that
-    the paper uses (its backbone is not to be had offline), so the values are not comparable with published ones.
+    The distance of images i < j is 1 - cosine of identity features: a perceptual distance, but not the LPIPS that the paper uses, so the
+    values are not comparable with published ones. `diversity_of_distances` is the same with any distance: LPIPS where its weights are.
 
     Args:
         features: identity features, (N, D), any length of vector.
@@ -112,17 +112,63 @@ def diversity(features: Tensor, groups: Tensor) -> Tensor:
     Source: Ruiz et al. 2023, sec. 4.3 ("DIV"), with another distance.
     """
     units = _unit(features, "features")
-    _check_groups(groups, len(units))
-    distances = [1 - _mean_of_pairs(units[groups == group]) for group in groups.unique()]
-    return torch.stack([units.new_tensor(float("nan")), *distances]).nanmean()
+    return diversity_of_distances(1 - units @ units.T, groups)
+
+
+def diversity_of_distances(distances: Tensor, groups: Tensor) -> Tensor:
+    """Returns the mean over groups of the mean distance of their pairs, each pair once, no image with itself: see `diversity`.
+
+    Args:
+        distances: symmetric, (N, N); the diagonal is not looked at.
+        groups: the prompt of each image as an integer, (N,); prompts with a single image say nothing and are ignored.
+
+    Returns:
+        A scalar; NaN if no prompt has two images, or a distance is NaN.
+
+    Raises:
+        ValueError: the shapes do not fit, or the groups are not integers.
+    """
+    per_image = per_image_diversity(distances, groups)
+    counts = (groups[:, None] == groups[None, :]).sum(dim=1)
+    paired = counts > 1
+    return macro_mean(per_image[paired], groups[paired])
+
+
+def per_image_diversity(distances: Tensor, groups: Tensor) -> Tensor:
+    """Returns each image's mean distance to the other images of its group, (N,); NaN for an image that is alone; see `diversity_of_distances`."""
+    _check_groups(groups, len(distances))
+    if distances.shape != (len(groups), len(groups)):
+        raise ValueError(f"distances must be of all pairs, ({len(groups)}, {len(groups)}), got {tuple(distances.shape)}")
+    mates = groups[:, None] == groups[None, :]
+    mates &= ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    return torch.where(mates, distances, 0).sum(dim=1) / mates.sum(dim=1)  # (N, N) -> (N,)
+
+
+def macro_mean(values: Tensor, groups: Tensor) -> Tensor:
+    """Returns the mean over groups (subjects, prompts) of the mean of each: every group counts once, however many images it has.
+
+    Args:
+        values: per-image scores, (N,).
+        groups: the group of each image as an integer, (N,).
+
+    Returns:
+        A scalar; NaN if N is 0 or a value is NaN.
+
+    Raises:
+        ValueError: the groups are not N integers.
+    """
+    _check_groups(groups, len(values))
+    labels, place = groups.unique(return_inverse=True)
+    sums = values.new_zeros(len(labels)).index_add(0, place, values)
+    return (sums / place.bincount(minlength=len(labels))).mean()
 
 
 def real_photo_oracle(subject: Tensor, self_pairs: bool = False) -> Tensor:
-    """Returns the identity fidelity of the real photos to each other: what a perfect model could reach.
+    """Returns the fidelity of the real photos to each other: what a perfect model could reach.
 
     Args:
-        subject: identity features of the subject's photos, (M, D).
-        self_pairs: also count each photo against itself (cosine 1), which adds about (1 - oracle) / M.
+        subject: features of the subject's photos, (M, D): identity for the mark of `identity_fidelity`, image for that of `image_fidelity`.
+        self_pairs: also count each photo against itself (cosine 1), which adds (1 - oracle) / M.
             Published oracles (0.774 in Ruiz et al. 2023, table 1) very probably do.
 
     Returns:
@@ -136,105 +182,116 @@ def real_photo_oracle(subject: Tensor, self_pairs: bool = False) -> Tensor:
     return _mean_of_pairs(_unit(subject, "subject"))
 
 
-def memorisation(generated: Tensor, subject: Tensor) -> Tensor:
-    """Returns how close each generated image is to its nearest training photo: the largest cosine.
+class NearestPhoto(NamedTuple):
+    """The training photo that each generated image is most like."""
+
+    cosine: Tensor  # (N,) in [-1, 1]; NaN if there is no photo
+    index: Tensor  # (N,) of the photo; -1 if there is none
+
+
+def nearest_photo(generated: Tensor, subject: Tensor) -> NearestPhoto:
+    """Returns for each generated image the largest cosine to a training photo, and which photo that is (the first of equals).
 
     Args:
         generated: identity features of the generated images, (N, D).
         subject: identity features of the training photos, (M, D).
 
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    cosines = _cosines(generated, subject, "generated", "subject")  # (N, M)
+    if not cosines.shape[1]:
+        return NearestPhoto(cosines.new_full((len(cosines),), float("nan")), torch.full((len(cosines),), -1, device=cosines.device))
+    return NearestPhoto(*cosines.max(dim=1))
+
+
+def nearest_of_real_photos(subject: Tensor, held_out: Tensor | None = None) -> Tensor:
+    """Returns how near a real photo of the subject that is no copy comes to its nearest training photo: the mark of `memorisation`.
+
+    Args:
+        subject: identity features of the training photos, (M, D).
+        held_out: identity features of photos of the subject that were not trained on, (K, D): then their mean largest cosine to the
+            training photos. None: each training photo is held against the others in turn.
+
     Returns:
-        (N,) in [-1, 1]; near 1, or above the real-photo oracle, means a copy rather than success. NaN if M is 0.
+        A scalar in [-1, 1]; NaN with a single photo and nothing held out.
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    cosines = _cosines(generated, subject, "generated", "subject")
-    return cosines.amax(dim=1) if cosines.shape[1] else cosines.new_full(cosines.shape[:1], float("nan"))  # (N, M) -> (N,)
+    if held_out is not None:
+        return nearest_photo(held_out, subject).cosine.mean()
+    cosines = _cosines(subject, subject, "subject", "subject")
+    if len(cosines) < 2:
+        return cosines.new_tensor(float("nan"))
+    return cosines.fill_diagonal_(-torch.inf).amax(dim=1).mean()  # (M, M) -> scalar
 
 
-class _MeanOfImages(Metric):
-    """A mean over images, kept as a sum and a count, so that batches and ranks may be split in any way."""
+def memorisation(generated: Tensor, subject: Tensor, held_out: Tensor | None = None) -> Tensor:
+    """Returns how much closer each generated image is to a training photo than a real photo that is no copy.
 
-    full_state_update = False
-    is_differentiable = False
-    total: Tensor
-    count: Tensor
+    The largest cosine of identity features to a training photo (`nearest_photo`), minus the same of real photos
+    (`nearest_of_real_photos`: held-out ones, else leave-one-out over the training photos, which then have one photo fewer to be near to).
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+    Args:
+        generated: identity features of the generated images, (N, D).
+        subject: identity features of the training photos, (M, D).
+        held_out: identity features of photos that were not trained on, (K, D), or None.
 
-    def _add(self, scores: Tensor) -> None:
-        self.total += scores.sum()
-        self.count += len(scores)
+    Returns:
+        (N,) in [-2, 2], **lower** is better: about 0 for real photos of the subject, above it for copies, below it for images that are
+        less like any photo. NaN if there is nothing to compare with.
 
-    def compute(self) -> Tensor:
-        """Returns the mean over all images so far, a scalar; NaN if there was none."""
-        return self.total / self.count
-
-
-class IdentityFidelity(_MeanOfImages):
-    """Mean over images of the mean cosine to all of their subject's photos: `identity_fidelity`, batch by batch. Up is better."""
-
-    higher_is_better = True
-
-    def update(self, generated: Tensor, subject: Tensor) -> None:
-        """Adds generated images (N, D) of one subject, whose photos (M, D), M >= 1, are all given each time."""
-        self._add(per_image_fidelity(generated, subject))
-
-
-class PromptAlignment(_MeanOfImages):
-    """Mean over images of the cosine to their own prompt: `prompt_alignment`, batch by batch. Up is better."""
-
-    higher_is_better = True
-
-    def update(self, images: Tensor, prompts: Tensor) -> None:
-        """Adds images (N, D) and the prompt of each (N, D)."""
-        self._add(per_image_alignment(images, prompts))
-
-
-class Drift(_MeanOfImages):
-    """Mean over class-prompt images of the mean cosine to all of the subject's photos: `drift`, batch by batch. Down is better."""
-
-    higher_is_better = False
-
-    def update(self, class_images: Tensor, subject: Tensor) -> None:
-        """Adds class-prompt images (N, D); the subject's photos (M, D), M >= 1, are all given each time."""
-        self._add(per_image_fidelity(class_images, subject))
-
-
-class Diversity(Metric):
-    """Mean over prompts of the mean of 1 - cosine over pairs of their images: `diversity`, over all batches. Up is better.
-
-    Keeps the features, as the images of one prompt may be spread over batches and ranks. Under DDP a rank that has no image
-    must still call `update` once, with shapes (0, D) and (0,), for torchmetrics cannot gather a missing state.
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    return nearest_photo(generated, subject).cosine - nearest_of_real_photos(subject, held_out)
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
-    features: list[Tensor]
-    groups: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("groups", [], dist_reduce_fx="cat")
+def paired_drift(tuned: Tensor, base: Tensor) -> Tensor:
+    """Returns how far each image has moved from what the un-tuned base draws: 1 - cosine of the two, one to one ("other_class_drift").
 
-    def update(self, features: Tensor, groups: Tensor) -> None:
-        """Adds images (N, D) and the prompt of each as an integer (N,), the same integer in every batch and rank."""
-        units = _unit(features, "features")
-        _check_groups(groups, len(units))
-        self.features.append(units)
-        self.groups.append(groups)
+    Args:
+        tuned: identity features of the tuned model's images for prompts of other classes than the subject's, (N, D).
+        base: identity features of the base's images for the same prompts and noise, (N, D): row i belongs to row i.
 
-    def compute(self) -> Tensor:
-        """Returns the diversity of all images so far, a scalar; NaN if no prompt has two images."""
-        if isinstance(self.features, list) and not self.features:
-            return torch.tensor(float("nan"), device=self.device)
-        return diversity(dim_zero_cat(self.features), dim_zero_cat(self.groups))
+    Returns:
+        (N,) in [0, 2], **lower** is better; 0 for the base itself.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    tuned, base = _unit(tuned, "tuned"), _unit(base, "base")
+    if tuned.shape != base.shape:
+        raise ValueError(f"base must hold one row for each tuned image, {tuple(tuned.shape)}, got {tuple(base.shape)}")
+    return 1 - (tuned * base).sum(dim=1)  # (N, D) -> (N,)
+
+
+def copy_baseline(identity: Tensor, image: Tensor, prompts: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
+    """Returns the scores of a model that copies: its images for every prompt are the subject's photos.
+
+    No fidelity should be higher and no alignment lower; a model that comes near it on both has learned the photos, not the subject.
+
+    Args:
+        identity: identity features of the photos, (M, D).
+        image: image features of the photos, (M, E).
+        prompts: text features of the prompts, (P, E).
+        held_out: identity features of photos that were not trained on, (K, D), or None.
+
+    Returns:
+        identity_fidelity and image_fidelity (each copy against all photos, so with itself), prompt_alignment (all pairs of photo and
+        prompt), diversity (of the photos) and memorisation, by their keys in METRICS.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    return {
+        "identity_fidelity": float(real_photo_oracle(identity, self_pairs=True)),
+        "image_fidelity": float(real_photo_oracle(image, self_pairs=True)),
+        "prompt_alignment": float(_cosines(image, prompts, "image", "prompts").mean()),
+        "diversity": float(1 - real_photo_oracle(identity)),
+        "memorisation": float(memorisation(identity, identity, held_out).mean()),
+    }
 
 
 def _unit(features: Tensor, name: str) -> Tensor:

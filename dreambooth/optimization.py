@@ -1,7 +1,12 @@
 """Optimisers and learning-rate schedules. Typed choices of the config."""
 
+import importlib.util
 import math
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
 
 import torch
 
@@ -9,6 +14,7 @@ from dreambooth.adapters import ParamGroup
 from dreambooth.errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
+RATES = ("learning_rate", "text_encoder_learning_rate", "token_learning_rate")
 
 
 @dataclass(slots=True)
@@ -16,14 +22,14 @@ class Optimizer:
     """Parent of the optimisers: learning rates by part, and their course over the steps."""
 
     name: str = "optimizer"
-    learning_rate: float | None = None  # of the UNet or the adapter; null: the base's recipe
-    text_encoder_learning_rate: float | None = None  # null: the base's recipe
-    token_learning_rate: float | None = None  # of the identifier's embedding row; null: the base's recipe
+    learning_rate: float | None = None  # of the UNet or the adapter; null: the recipe of the base and the method
+    text_encoder_learning_rate: float | None = None  # null: the recipe
+    token_learning_rate: float | None = None  # of the identifier's embedding row; null: the recipe
     schedule: str = "constant"  # "constant" or "cosine" (to zero at max_steps), after the warm-up
-    warmup_steps: int = 0  # steps from 0 to the full rate
+    warmup_steps: int = 0  # steps from 0 to the full rate, from where a part begins to learn
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "text_encoder_learning_rate", "token_learning_rate"):
+        for key in RATES:
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"optim.{key}", "must be 0 or more and finite", value, "5e-6 is the paper's for Stable Diffusion")
@@ -32,8 +38,24 @@ class Optimizer:
         if self.warmup_steps < 0:
             raise ConfigError("optim.warmup_steps", "must be 0 or more", self.warmup_steps, "0 means none")
 
-    def build(self, groups: list[ParamGroup]) -> torch.optim.Optimizer:
-        """Returns the optimiser over the groups, each at its part's learning rate."""
+    def check(self, device: str, precision: str) -> None:
+        """Refuses, before anything is loaded, what cannot run on this machine; by default nothing.
+
+        Args:
+            device: "cpu" or "cuda", where the training will be.
+            precision: Lightning's name, as "16-mixed".
+
+        Raises:
+            ConfigError: a package or a device is missing, or two settings exclude each other.
+        """
+
+    def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
+        """Returns the optimiser over the groups, each at its part's learning rate.
+
+        Args:
+            groups: what learns.
+            precision: Lightning's name, as "16-mixed".
+        """
         raise NotImplementedError
 
     def rate(self, part: str) -> float:
@@ -49,6 +71,35 @@ class Optimizer:
         progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
+    def group_factors(self, groups: list[ParamGroup], max_steps: int) -> list[Callable[[int], float]]:
+        """Returns a function of the step for each group: 0 while it does not learn, else its factor, counted from where it begins."""
+
+        def of(group: ParamGroup) -> Callable[[int], float]:
+            return lambda step: self.factor(step - group.start, max_steps - group.start) if group.learns_at(step) else 0.0
+
+        return [of(group) for group in groups]
+
+
+def _refuse_bad_moments(optimizer: Any) -> None:
+    if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
+        raise ConfigError("optim.betas", "must be two numbers in [0, 1)", list(optimizer.betas), "[0.9,0.999] is usual")
+    if not (optimizer.weight_decay >= 0 and optimizer.eps > 0):  # NaN too
+        got = f"weight_decay={optimizer.weight_decay} eps={optimizer.eps}"
+        raise ConfigError("optim", "must have weight_decay >= 0 and eps > 0", got, "set both")
+
+
+def _settings(optimizer: Any, groups: list[ParamGroup]) -> list[dict[str, Any]]:
+    """Returns torch's form of the groups; the identifier's row is never decayed."""
+    return [
+        {
+            "params": group.parameters,
+            "lr": optimizer.rate(group.part),
+            "weight_decay": 0.0 if group.part == "token" else optimizer.weight_decay,
+            "name": group.part,
+        }
+        for group in groups
+    ]
+
 
 @dataclass(slots=True)
 class AdamW(Optimizer):
@@ -58,17 +109,90 @@ class AdamW(Optimizer):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments, each in [0, 1)
     weight_decay: float = 0.01  # per step, times the learning rate
     eps: float = 1e-8
+    fused: bool | None = None  # one kernel for all parameters; null: on a GPU, unless precision is 16-mixed, which cannot clip gradients then
 
     def __post_init__(self) -> None:
         super(AdamW, self).__post_init__()
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ConfigError("optim.betas", "must be two numbers in [0, 1)", list(self.betas), "[0.9,0.999] is usual")
-        if not (self.weight_decay >= 0 and self.eps > 0):  # NaN too
-            raise ConfigError("optim", "must have weight_decay >= 0 and eps > 0", f"weight_decay={self.weight_decay} eps={self.eps}", "set both")
+        _refuse_bad_moments(self)
 
-    def build(self, groups: list[ParamGroup]) -> torch.optim.Optimizer:
-        settings = [
-            {"params": g.parameters, "lr": self.rate(g.part), "weight_decay": 0.0 if g.part == "token" else self.weight_decay, "name": g.part}
-            for g in groups
-        ]
-        return torch.optim.AdamW(settings, betas=tuple(self.betas), eps=self.eps)
+    def check(self, device: str, precision: str) -> None:
+        if self.fused and precision == "16-mixed":
+            raise ConfigError("optim.fused", "must not be true with trainer.precision=16-mixed, whose gradients it cannot clip", True, "leave it out")
+
+    def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
+        on_gpu = all(p.is_cuda for group in groups for p in group.parameters)
+        fused = on_gpu and precision != "16-mixed" if self.fused is None else self.fused
+        return torch.optim.AdamW(_settings(self, groups), betas=tuple(self.betas), eps=self.eps, fused=fused)
+
+
+@dataclass(slots=True)
+class AdamW8bit(Optimizer):
+    """AdamW whose two moments are kept in 8 bits, a quarter of the memory (Dettmers et al. 2022); on CUDA, by the package bitsandbytes."""
+
+    name: str = "adamw8bit"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments, each in [0, 1)
+    weight_decay: float = 0.01  # per step, times the learning rate
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super(AdamW8bit, self).__post_init__()
+        _refuse_bad_moments(self)
+
+    def check(self, device: str, precision: str) -> None:
+        if device != "cuda":
+            raise ConfigError("optim", "must not be adamw8bit without a CUDA GPU", device, "choose optim=adamw")
+        _require_package("bitsandbytes", "adamw8bit")
+
+    def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(_settings(self, groups), betas=tuple(self.betas), eps=self.eps)
+
+
+@dataclass(slots=True)
+class Prodigy(Optimizer):
+    """Adam that finds its own learning rate (Mishchenko & Defazio 2024), by the package prodigyopt; the rates here are factors of it, usually 1."""
+
+    name: str = "prodigy"
+    learning_rate: float | None = 1.0  # factor of the rate found; one for all parts, or 0 for a part that shall not learn
+    text_encoder_learning_rate: float | None = 1.0
+    token_learning_rate: float | None = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # decay of the two moments, each in [0, 1)
+    weight_decay: float = 0.01  # per step, times the rate found
+    eps: float = 1e-8
+    d_coef: float = 1.0  # the rate found is multiplied by it; above 0
+    use_bias_correction: bool = True  # as in Adam; the authors' advice for diffusion models
+    safeguard_warmup: bool = True  # keeps a warm-up out of the estimate of the rate
+
+    def __post_init__(self) -> None:
+        super(Prodigy, self).__post_init__()
+        _refuse_bad_moments(self)
+        if not 0 < self.d_coef < math.inf:
+            raise ConfigError("optim.d_coef", "must be above 0 and finite", self.d_coef, "1.0 is the authors'")
+        rates = {getattr(self, key) for key in RATES} - {0, None}
+        if len(rates) > 1:
+            raise ConfigError("optim", "must have one rate for all parts, or 0: prodigy finds a single one", sorted(rates), "set all three to 1.0")
+
+    def check(self, device: str, precision: str) -> None:
+        _require_package("prodigyopt", "prodigy")
+
+    def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
+        _require_package("prodigyopt", "prodigy")
+        from prodigyopt import Prodigy as ProdigyOptimizer
+
+        settings = _settings(self, groups)
+        with redirect_stdout(StringIO()):  # it announces its weight decay
+            return ProdigyOptimizer(
+                settings,
+                betas=tuple(self.betas),
+                eps=self.eps,
+                decouple=True,
+                d_coef=self.d_coef,
+                use_bias_correction=self.use_bias_correction,
+                safeguard_warmup=self.safeguard_warmup,
+            )
+
+
+def _require_package(package: str, choice: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError("optim", f"needs the package {package}", choice, f"run pip install {package}, or choose optim=adamw")

@@ -4,13 +4,14 @@ import hashlib
 import os
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
-from dreambooth import photos
+from dreambooth import photo_checks, photos
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.side_files import automatic_masks, caption_of, mask_beside, read_mask, without_masks
 
 FEWEST = 3  # fewer photos than this: a warning
 
@@ -33,6 +34,8 @@ class Photo:
         width, height: of the upright photo in the file, in px.
         image: RGB, upright, its short side at most the resolution that the folder was read for. `photos.prepare` of it at that
             resolution is bit for bit `prepare` of the full photo, for every crop and flip.
+        caption: the photo's own, as a template, from the file beside it or its name; None where it has none.
+        mask: white where the subject is, mode L, of the size of `image`; None where there is none or none was asked for.
     """
 
     path: str
@@ -41,6 +44,8 @@ class Photo:
     width: int
     height: int
     image: Image.Image = field(repr=False, compare=False)
+    caption: str | None = None
+    mask: Image.Image | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,18 @@ class PhotoSet:
 
 
 def read_photo_folder(
-    folder: str, resolution: int, on_bad_photo: str = "skip", config_path: str = "data.subject_dir", recursive: bool = True
+    folder: str,
+    resolution: int,
+    on_bad_photo: str = "skip",
+    config_path: str = "data.subject_dir",
+    recursive: bool = True,
+    masks: str | None = None,
+    square: bool = True,
 ) -> PhotoSet:
     """Returns the folder's photos, every one decoded to the last pixel and checked.
 
-    What counts is the content, not the file's ending. Hidden files, system files (`Thumbs.db`, `__MACOSX`) and side files (a caption
-    `dog.txt` beside `dog.jpg`) are passed over in silence, other files that are no photos with one line for all. Memory: one full photo
+    What counts is the content, not the file's ending. Hidden files, system files (`Thumbs.db`, `__MACOSX`) and side files (the caption
+    `dog.txt` and the mask `dog.mask.png` beside `dog.jpg`) are no photos and no strays; other files get one line for all. Memory: one full photo
     at a time, then 3 bytes x resolution x the fitted long side for each (about 1 MB at 512).
 
     Args:
@@ -81,17 +92,20 @@ def read_photo_folder(
             extremely long or blank.
         config_path: the config field that named the folder, for errors.
         recursive: read folders in the folder too.
+        masks: None: no masks are read; "sidecar": the files beside the photos; "alpha": those, else the photo's own transparency; "auto":
+            those, else made by `side_files.automatic_masks`.
+        square: whether photos will be cropped to a square, for the verdicts on long ones.
 
     Raises:
-        UserError: no such folder, no photo in it, none that can be used, or a bad photo under "refuse".
+        UserError: no such folder, no photo in it, none that can be used, a bad photo under "refuse", or masks that cannot be used.
     """
-    policy_path = f"{config_path.rpartition('.')[0]}.on_bad_photo".lstrip(".")
+    policy_path = "data.on_bad_photo"  # one for all folders
     if on_bad_photo not in ("skip", "refuse"):
         raise ConfigError(policy_path, 'must be "skip" or "refuse"', on_bad_photo)
     root = _existing_folder(folder, config_path)
     found = PhotoSet(folder)
     candidates, stray, first_with = [], [], {}
-    for path in _files(root, recursive, config_path, found.warnings):
+    for path in without_masks(_files(root, recursive, config_path, found.warnings), _PHOTO_ENDINGS):
         name = shown(path.relative_to(root).as_posix())
         try:
             data = _photo_bytes(path, name)
@@ -102,7 +116,7 @@ def read_photo_folder(
             if sha256 in first_with:
                 found.warnings.append(f"{name} is the same file as {first_with[sha256]}: counted once")
                 continue
-            photo, reasons = _read(data, path, name, sha256, resolution)
+            photo, reasons = _read(data, path, name, sha256, resolution, square)
         except UserError as error:
             _skip_or_refuse(found, root, name, error, on_bad_photo, policy_path)
             continue
@@ -112,7 +126,8 @@ def read_photo_folder(
     if not found.photos:
         raise _nothing_usable(found, stray, config_path)
     found.warnings.extend(_remarks(found, root, stray, candidates))
-    return found
+    found.photos[:] = [_with_caption(photo, found.warnings) for photo in found.photos]
+    return _with_masks(found, masks, "data.masks") if masks else found
 
 
 def shown(name: str) -> str:
@@ -175,14 +190,47 @@ def _photo_bytes(path: Path, name: str) -> bytes | None:
         raise UserError(name, f"must be readable ({error.strerror})", next_step=step) from None
 
 
-def _read(data: bytes, path: Path, name: str, sha256: str, resolution: int) -> tuple[Photo, tuple[str, ...]]:
-    """Returns a decoded photo and the reasons for a second look; UserError if it cannot be used."""
-    image = photos.decode(data, name)
-    verdict = photos.check(image, resolution)
+def _read(data: bytes, path: Path, name: str, sha256: str, resolution: int, square: bool) -> tuple[Photo, tuple[str, ...]]:
+    """Returns a decoded photo, its transparency as its mask, and the reasons for a second look; UserError if it cannot be used."""
+    image, alpha = photos.decode_with_alpha(data, name)
+    verdict = photo_checks.check(image, resolution, square)
     if not verdict.accepted:
         raise UserError(name, "; ".join(verdict.reasons), next_step="use another photo")
     kept = photos.fit_short_side(image, resolution) if min(image.size) > resolution else image
-    return Photo(str(path), name, sha256, *image.size, kept), verdict.reasons
+    mask = alpha.resize(kept.size, Image.Resampling.BILINEAR) if alpha is not None else None
+    return Photo(str(path), name, sha256, *image.size, kept, mask=mask), verdict.reasons
+
+
+def _with_caption(photo: Photo, warnings: list[str]) -> Photo:
+    """Returns the photo with its own caption, where it has one; one that cannot be read becomes a warning."""
+    try:
+        return replace(photo, caption=caption_of(Path(photo.path)))
+    except UserError as error:
+        warnings.append(f"{error}: that caption is not used")
+        return photo
+
+
+def _with_masks(found: PhotoSet, masks: str, where: str) -> PhotoSet:
+    """Returns the photos with the masks that were asked for; those that have none get a line.
+
+    Raises:
+        UserError: a mask that cannot be used, or none at all.
+    """
+    for k, photo in enumerate(found.photos):
+        file = mask_beside(Path(photo.path))
+        own = read_mask(file, (photo.width, photo.height)).resize(photo.image.size, Image.Resampling.BILINEAR) if file else None
+        found.photos[k] = replace(photo, mask=own or (photo.mask if masks == "alpha" else None))
+    bare = [k for k, photo in enumerate(found.photos) if photo.mask is None]
+    if masks == "auto":
+        for k, mask in zip(bare, automatic_masks([found.photos[k].image for k in bare]), strict=True):
+            found.photos[k] = replace(found.photos[k], mask=mask)
+    elif len(bare) == len(found.photos):
+        kind = "a mask beside a photo (dog.mask.png beside dog.jpg)" + (" or a photo with transparency" if masks == "alpha" else "")
+        raise UserError(where, f"must find {kind}", masks, f"set {where}=null to train without masks")
+    elif bare:
+        names = ", ".join(found.photos[k].name for k in bare[:3]) + (", ..." if len(bare) > 3 else "")
+        found.warnings.append(f"no mask for {len(bare)} of {len(found.photos)} photos ({names}): all of them counts alike")
+    return found
 
 
 def _skip_or_refuse(found: PhotoSet, root: Path, name: str, error: UserError, on_bad_photo: str, policy_path: str) -> None:
@@ -208,10 +256,10 @@ def _nothing_usable(found: PhotoSet, stray: list[Path], config_path: str) -> Use
 def _remarks(found: PhotoSet, root: Path, stray: list[Path], candidates: list[Path]) -> list[str]:
     """Returns the warnings about the folder as a whole: near duplicates, stray files, too few photos."""
     remarks = []
-    hashes = [photos.perceptual_hash(photo.image) for photo in found.photos]
+    hashes = [photo_checks.perceptual_hash(photo.image) for photo in found.photos]
     for later, photo in enumerate(found.photos):
         for earlier in range(later):
-            if (hashes[later] ^ hashes[earlier]).bit_count() <= photos.NEAR_DUPLICATE_BITS:
+            if (hashes[later] ^ hashes[earlier]).bit_count() <= photo_checks.NEAR_DUPLICATE_BITS:
                 remarks.append(f"{photo.name} is almost the same shot as {found.photos[earlier].name}: that view counts twice")
                 break
     described = {path.with_suffix("") for path in candidates} | set(candidates)  # dog.txt or dog.jpg.txt beside dog.jpg

@@ -1,4 +1,4 @@
-"""Image work without files: bytes -> upright sRGB photo -> verdict -> training pixels, and pictures back for people.
+"""Image work without files: bytes -> upright sRGB photo -> training pixels, and pictures back for people.
 
 Every function depends on its arguments alone. Numbers for a random crop come in as an argument, in [0, 1).
 """
@@ -15,15 +15,12 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from dreambooth.errors import UserError
+from dreambooth.smart_crop import busiest_corner
 
-Mode = Literal["center", "random"]
+Mode = Literal["center", "random", "smart"]
+Size = int | tuple[int, int]  # px: the side of a square, or (width, height)
 
 MAX_PIXELS = 120_000_000  # 360 MB as RGB; a 108 megapixel phone photo passes
-MIN_SCALE = 0.5  # refused when the short side is under this share of the resolution
-WARN_ASPECT, MAX_ASPECT = 2.0, 4.0  # long side over short side
-MIN_CONTRAST = 2.0  # standard deviation of the strongest channel at 64 px, of 255: below it the photo shows nothing
-MIN_SHARPNESS = 0.1  # 32 real photos at 512 px: 0.25 to 0.92; the same blurred by a 4 px Gaussian: 0.05 at most
-NEAR_DUPLICATE_BITS = 36  # of 256: the same photo saved again differs in 19 at most, two photos of one subject in 59 at least
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000")
 _SAVE_AGAIN = "save it again as JPEG or PNG, or delete it"
@@ -62,6 +59,11 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         UserError: not a picture, damaged or cut off, an animation, camera raw, more than MAX_PIXELS, or a pixel type without a known scale.
     """
+    return decode_with_alpha(data, name)[0]
+
+
+def decode_with_alpha(data: bytes, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Returns the photo as `decode` does, and its transparency (mode L, 255 is opaque), or None where it has none or none that shows."""
     image = _load(data, name)
     profile = image.info.get("icc_profile")
     colour, alpha = _eight_bit(image, name)
@@ -69,7 +71,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     if alpha is not None:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     rgb.info = {}  # the profile and the orientation no longer describe these pixels
-    return rgb
+    return rgb, alpha if alpha is not None and alpha.getextrema()[0] < 255 else None
 
 
 def _load(data: bytes, name: str) -> Image.Image:
@@ -146,104 +148,40 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-class Verdict(NamedTuple):
-    """What `check` thinks of a photo. Reasons are verb phrases, to be read after the photo's name."""
-
-    level: Literal["ok", "warning", "refused"]
-    reasons: tuple[str, ...]
-
-    @property
-    def accepted(self) -> bool:
-        return self.level != "refused"
-
-
-def check(image: Image.Image, resolution: int) -> Verdict:
-    """Returns whether a decoded photo is fit for training at a resolution, with reasons in plain words.
-
-    Refused: a short side below MIN_SCALE of the resolution, sides over MAX_ASPECT : 1, or (nearly) one flat colour.
-    Warning: a short side below the resolution, sides over WARN_ASPECT : 1, black bars, or no sharp detail anywhere.
+def crop_box(width: int, height: int, size: Size, mode: Mode = "center", u: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int, int, int]:
+    """Returns the (left, top, right, bottom) of a rectangle of a given size inside a picture, in whole px.
 
     Args:
-        image: RGB.
-        resolution: side of the training square, in px.
-    """
-    short, long = sorted(image.size)
-    refused, warned = [], []
-    if short < resolution:
-        text = f"is {short} px on the short side, below the resolution of {resolution}: it is enlarged {resolution / short:.1f} times"
-        (refused if short < MIN_SCALE * resolution else warned).append(text)
-    if long > WARN_ASPECT * short:
-        text = f"is {long / short:.1f} times as long as wide: a square crop drops {1 - short / long:.0%} of it"
-        (refused if long > MAX_ASPECT * short else warned).append(text)
-    if (share := black_bars(image)) > 0:
-        warned.append(f"has black bars over {share:.0%} of it, which the model would learn: crop them away")
-    contrast = np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float32).std((0, 1)).max()
-    if contrast < MIN_CONTRAST:
-        refused.append("shows (nearly) one flat colour")
-    elif sharpness(image, resolution) < MIN_SHARPNESS:
-        warned.append("looks blurred: no part of it has sharp detail")
-    level = "refused" if refused else "warning" if warned else "ok"
-    return Verdict(level, tuple(refused + warned))
-
-
-def black_bars(image: Image.Image) -> float:
-    """Returns the share of an RGB photo, in [0, 1], that lies in black bars along two opposite sides (0.0 where there are none).
-
-    A bar is all but black (16 of 255 at most, on a grid of 64 x 64 averages) and at least 1/32 of the side deep.
-    """
-    grid = np.asarray(image.resize((64, 64), Image.Resampling.BOX)).max(2)  # (64, 64)
-    share = 0.0
-    for lines in (grid.max(1), grid.max(0)):  # rows, then columns
-        lit = np.flatnonzero(lines > 16)
-        if len(lit) and min(lit[0], 63 - lit[-1]) >= 2:
-            share = max(share, 1 - (lit[-1] + 1 - lit[0]) / 64)
-    return float(share)
-
-
-def sharpness(image: Image.Image, resolution: int) -> float:
-    """Returns the detail that is lost at a quarter of the size, in the sharpest fiftieth of 256 tiles, relative to the photo's contrast.
-
-    Measured at the training resolution (512 px at most, never enlarged), so that a soft but large photo counts as sharp. Above 0.2
-    for ordinary photos, also with a blurred background; below 0.1 for photos that are out of focus or shaken everywhere.
-    """
-    side = max(64, min(resolution, 512, *image.size) // 16 * 16)
-    grey = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
-    soft = grey.resize((side // 4, side // 4), Image.Resampling.BOX).resize((side, side), Image.Resampling.BICUBIC)
-    pixels = np.asarray(grey, np.float32)
-    lost = (pixels - np.asarray(soft, np.float32)) ** 2
-    tiles = lost.reshape(16, side // 16, 16, side // 16).mean((1, 3)) ** 0.5  # (16, 16)
-    return float(np.percentile(tiles, 98) / max(float(pixels.std()), 1.0))
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """Returns 256 bits (a difference hash, 16 x 16) that hardly change when a photo is resized, recompressed or slightly edited.
-
-    `(a ^ b).bit_count()` of two photos at or under NEAR_DUPLICATE_BITS means that they are most likely the same shot.
-    """
-    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
-
-
-def crop_box(width: int, height: int, size: int, mode: Mode = "center", u: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int, int, int]:
-    """Returns the (left, top, right, bottom) of a size x size square inside a picture, in whole px.
-
-    Args:
-        width, height: of the picture; both at least `size`.
+        width, height: of the picture; both at least those of `size`.
+        size: of the rectangle.
         mode: "center" (an odd pixel goes to the right and bottom; `u` is not used), or "random": every position equally likely.
         u: two numbers in [0, 1), for left and top.
 
     Raises:
-        ValueError: the square does not fit, an unknown mode, or a number outside [0, 1).
+        ValueError: the rectangle does not fit, an unknown mode ("smart" needs the pixels: see `frame`), or a number outside [0, 1).
     """
-    if min(width, height) < size:
-        raise ValueError(f"crop of {size} px must fit the picture, got {width} x {height}")
+    wide, high = sides(size)
+    if width < wide or height < high:
+        raise ValueError(f"crop of {wide} x {high} px must fit the picture, got {width} x {height}")
     if mode not in ("center", "random"):
         raise ValueError(f'crop must be "center" or "random", got {mode!r}')
     if not all(0 <= number < 1 for number in u):
         raise ValueError(f"u must be two numbers in [0, 1), got {u}")
-    slack = (width - size, height - size)
+    slack = (width - wide, height - high)
     left, top = (s // 2 if mode == "center" else int(x * (s + 1)) for s, x in zip(slack, u, strict=True))
-    return left, top, left + size, top + size
+    return left, top, left + wide, top + high
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Returns (width, height) of a size in px."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def scaled_to_cover(width: int, height: int, size: Size) -> tuple[int, int]:
+    """Returns (width, height) of a picture scaled so that it just covers `size`: proportions kept, one side exact, the other no smaller."""
+    wide, high = sides(size)
+    scale = max(wide / width, high / height)
+    return max(wide, round(width * scale)), max(high, round(height * scale))
 
 
 def fit_short_side(image: Image.Image, resolution: int) -> Image.Image:
@@ -251,25 +189,63 @@ def fit_short_side(image: Image.Image, resolution: int) -> Image.Image:
 
     A picture that has that short side already comes back as it is, so `prepare` of the result is bit for bit `prepare` of the original.
     """
-    if min(image.size) == resolution:
-        return image
-    scale = resolution / min(image.size)
-    return image.resize(tuple(max(resolution, round(side * scale)) for side in image.size), Image.Resampling.LANCZOS)
+    return _scaled(image, scaled_to_cover(*image.size, resolution), Image.Resampling.LANCZOS)
 
 
-def prepare(image: Image.Image, resolution: int, crop: Mode = "center", flip: bool = False, u: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """Returns the square that training sees, uint8 (resolution, resolution, 3): short side resized, long side cropped, never squashed.
+class Frame(NamedTuple):
+    """How a picture becomes training pixels: the size that it is scaled to, then the box that is cut out, both in px."""
+
+    scaled: tuple[int, int]  # (width, height)
+    box: tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def frame(image: Image.Image, size: Size, crop: Mode = "center", u: tuple[float, float] = (0.5, 0.5)) -> Frame:
+    """Returns how a picture fills a size: scaled until it covers it, never squashed, and cropped. Its mask is cut by the same frame.
+
+    Args:
+        image: RGB, of any size; only "smart" looks at its pixels.
+        size: what training sees.
+        crop: "center", "random" at the place that `u` says, or "smart": the window with the most detail (see `smart_crop`).
+        u: two numbers in [0, 1), see `crop_box`.
+    """
+    scaled = scaled_to_cover(*image.size, size)
+    if crop != "smart":
+        return Frame(scaled, crop_box(*scaled, size, crop, u))
+    wide, high = sides(size)
+    if scaled == (wide, high):
+        return Frame(scaled, (0, 0, wide, high))
+    left, top = busiest_corner(np.asarray(_scaled(image, scaled, Image.Resampling.LANCZOS).convert("L")), wide, high)
+    return Frame(scaled, (left, top, left + wide, top + high))
+
+
+def cut(image: Image.Image, frame: Frame, flip: bool = False) -> np.ndarray:
+    """Returns the pixels of a picture, uint8 (H, W, 3), or of a mask, (H, W), in a frame.
+
+    Args:
+        image: RGB, or a mask in mode L; of any size with the proportions that the frame was made for.
+        frame: from `frame`.
+        flip: mirror left and right, after the crop.
+    """
+    smooth = Image.Resampling.LANCZOS if image.mode == "RGB" else Image.Resampling.BILINEAR  # a mask must not ring past its edge
+    pixels = np.asarray(_scaled(image, frame.scaled, smooth).crop(frame.box))  # (H, W) or (H, W, 3)
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    return image if image.size == size else image.resize(size, resampling)
+
+
+def prepare(image: Image.Image, size: Size, crop: Mode = "center", flip: bool = False, u: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Returns what training sees of a picture, uint8 (H, W, 3): scaled until it covers the size, cropped, never squashed.
 
     Args:
         image: RGB, of any size.
-        resolution: side of the square, in px.
-        crop: "center", or "random" at the place that `u` says.
+        size: px, the side of a square or (width, height).
+        crop: "center", "random" at the place that `u` says, or "smart".
         flip: mirror left and right, after the crop.
         u: two numbers in [0, 1), see `crop_box`.
     """
-    fitted = fit_short_side(image, resolution)
-    pixels = np.asarray(fitted.crop(crop_box(*fitted.size, resolution, crop, u)))  # (H, W, 3)
-    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+    return cut(image, frame(image, size, crop, u), flip)
 
 
 def to_pixel_values(pixels: np.ndarray) -> Tensor:

@@ -1,11 +1,14 @@
 """Randomness as a function of integers, never of history: the same key gives the same draw, on any machine, in any order."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
 # One stream per use, so that two draws with equal (seed, step, sample) never share numbers.
-NOISE, TIMESTEP, POSTERIOR, ORDER, CROP, FLIP, SAMPLING, PRIOR_ORDER, CLASS_BANK = range(9)
+NOISE, TIMESTEP, POSTERIOR, ORDER, CROP, FLIP, SAMPLING, PRIOR_ORDER, CLASS_BANK, OFFSET, PERTURBATION, ADAPTER_INIT, DROPOUT, BUCKET = range(14)
 
 
 def generator(*key: int) -> torch.Generator:
@@ -45,3 +48,16 @@ def uniform(*key: int) -> float:
 def permutation(length: int, *key: int) -> list[int]:
     """Returns 0..length-1 in an order that depends on the key alone."""
     return torch.randperm(length, generator=generator(*key)).tolist()
+
+
+def seed_torch(*key: int) -> None:
+    """Sets torch's own generators to a state that depends on the key alone: for layers that draw from them, as dropout."""
+    torch.manual_seed(generator(*key).initial_seed())
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Lets libraries draw on the CPU, inside the context, numbers that depend on the key alone; torch's generator is then as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator(*key).initial_seed())
+        yield

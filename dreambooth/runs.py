@@ -27,6 +27,7 @@ import torch
 
 from dreambooth.adapters import load_trainable_state, trainable_state
 from dreambooth.base.protocol import BaseModel
+from dreambooth.claims import Claim, held, is_claim
 from dreambooth.config import Config, fingerprint, from_plain, to_plain
 from dreambooth.errors import UserError
 from dreambooth.files import write_json, write_tensors, write_text
@@ -35,10 +36,14 @@ PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "hydra-co
 
 
 class RunFolder:
-    """One run on disk. Everything that a run knows about itself is in `record`, which is `run.json`."""
+    """One run on disk. Everything that a run knows about itself is in `record`, which is `run.json`.
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path, self.record = path, record
+    Attributes:
+        claim: that of this process on the folder, while it works in it; None for a run that is only looked at.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], claim: Claim | None = None) -> None:
+        self.path, self.record, self.claim = path, record, claim
         self._parts: list[str] = []  # clocks that run, outermost first
 
     @property
@@ -58,9 +63,23 @@ class RunFolder:
         return path if path.is_file() else None
 
     def update(self, **fields: Any) -> None:
-        """Writes fields into run.json."""
+        """Writes fields into run.json.
+
+        Raises:
+            ClaimLost: the folder is another process's by now; nothing is written.
+        """
+        self.confirm()
         self.record |= fields
         write_json(self.path / "run.json", self.record)
+
+    def confirm(self) -> None:
+        """Makes sure, before something is written, that the folder is still this process's own.
+
+        Raises:
+            ClaimLost: it is not.
+        """
+        if self.claim is not None:
+            self.claim.confirm()
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -84,6 +103,33 @@ class RunFolder:
         self.update(status=status, error=error, finished=_now(), **peak, **fields)
 
 
+def run_path(config: Config, **digests: str) -> Path:
+    """Returns where the run of a resolved config lies: equal configs with equal inputs share a folder; see `open_run`."""
+    name = f"{config.method.name}-{config.subject.class_noun.replace(' ', '_')}-{fingerprint(to_plain(config), **digests)}"
+    return Path(config.output_dir) / config.group / name
+
+
+@contextmanager
+def claimed_run(config: Config, **digests: str) -> Iterator[RunFolder]:
+    """Gives the folder of a resolved config to this process alone, as `open_run` does; one that is done is given as it is, to be looked at.
+
+    Raises:
+        Busy: a living process works in it; nothing was touched.
+        UserError: as `open_run`.
+    """
+    path = run_path(config, **digests)
+    if (path / "run.json").is_file() and read_run(path).status == "done":
+        yield open_run(config, **digests)
+        return
+    with held(path) as claim:
+        run = open_run(config, **digests)  # perhaps done by now: by the process that held it until a moment ago
+        run.claim = claim
+        try:
+            yield run
+        finally:
+            run.claim = None
+
+
 def open_run(config: Config, **digests: str) -> RunFolder:
     """Returns the folder of a resolved config: a new one, or the one that the same command made before.
 
@@ -94,10 +140,9 @@ def open_run(config: Config, **digests: str) -> RunFolder:
     Raises:
         UserError: the folder holds another config, or something that is no run.
     """
-    plain = to_plain(config)
-    name = f"{config.method.name}-{config.subject.class_noun.replace(' ', '_')}-{fingerprint(plain, **digests)}"
-    path = Path(config.output_dir) / config.group / name
-    if path.exists() and any(not (entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in path.iterdir()):
+    plain, path = to_plain(config), run_path(config, **digests)
+    name = path.name
+    if path.exists() and any(not (is_claim(entry.name) or entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in path.iterdir()):
         run = read_run(path)
         if run.record["fingerprint"] != name[-8:] or fingerprint(run.record["config"], **run.record["digests"]) != name[-8:]:
             raise UserError(str(path), "holds a run with another config", None, "move it away or change output_dir")
@@ -145,8 +190,14 @@ def read_run(path: str | Path) -> RunFolder:
 
 
 def save_weights(run: RunFolder, name: str, base: BaseModel, step: int) -> Path:
-    """Writes the learned tensors as `checkpoints/<name>.safetensors`, with the plain config and the step in its metadata."""
-    about = {"step": step, "base_digest": run.record["digests"].get("base"), "config": run.record["config"]}
+    """Writes the learned tensors as `checkpoints/<name>.safetensors`, with the plain config and the step in its metadata.
+
+    Raises:
+        ClaimLost: the folder is another process's by now; nothing is written.
+    """
+    run.confirm()
+    averaged = run.record["config"].get("trainer", {}).get("ema_decay") is not None
+    about = {"step": step, "averaged": averaged, "base_digest": run.record["digests"].get("base"), "config": run.record["config"]}
     metadata = {"dreambooth": json.dumps(about, sort_keys=True)}  # one key: safetensors writes several in any order
     return write_tensors(run.path / "checkpoints" / f"{name}.safetensors", trainable_state(base), metadata)
 
@@ -176,7 +227,8 @@ def load(path: str | Path, weights: str = "best") -> Trained:
             str(run.path), "was trained on another base than the one now at base.path", config.base.path, "put the old base back, or train again"
         )
     base = config.base.load()
-    config.method.attach(base, config.subject.identifier)
+    config.objective.prepare(base)
+    config.method.attach(base, config.identifiers, config.subject.class_noun, config.seed)
     return Trained(base, config, 0 if weights == "base" else load_weights(run, weights, base))
 
 
@@ -205,10 +257,14 @@ class MetricsFile:
     """`metrics.csv`: one row a step and event, columns as they come, readable at any moment.
 
     `step` is the number of optimiser steps done when the numbers were taken: the first loss stands at 1, the un-tuned base at 0.
+
+    Args:
+        path: of the file.
+        claim: on its folder, of the process that writes; None for one that only reads.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, claim: Claim | None = None) -> None:
+        self.path, self.claim = path, claim
         self.columns = list(next(iter(self.read()), ["step"]))
 
     def read(self) -> list[dict[str, str]]:
@@ -219,7 +275,13 @@ class MetricsFile:
         return [row for row in csv.DictReader(io.StringIO(whole + "\n", newline="")) if None not in row.values() and None not in row]
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Adds one row at once; a new column rewrites the file."""
+        """Adds one row at once; a new column rewrites the file.
+
+        Raises:
+            ClaimLost: the folder is another process's by now; nothing is written.
+        """
+        if self.claim is not None:
+            self.claim.check()  # the heartbeat asks the disk; here, at every step, only when it has not done so
         new = [key for key in values if key not in self.columns]
         if new:
             self.columns += new

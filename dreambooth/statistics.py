@@ -1,8 +1,7 @@
-"""Intervals, paired comparisons, and the declared rule that chooses the best step of a run."""
+"""Intervals, paired differences and tests that respect clusters (subjects) and the levels below them (training seeds)."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,8 @@ from scipy.stats import norm, t
 
 FEWEST_UNITS = 3  # below it a bootstrap has next to nothing to resample, so no interval is given
 DRAWS_AT_ONCE = 1_000_000  # bounds memory to some 16 MB
-ROUNDING = 1e-9  # cosine; a score exactly at a limit keeps it
+EXACT_UP_TO = 14  # units whose 2^14 sign patterns are all tried; above it they are drawn
+WEAKEST_P = 0.05  # a test whose smallest possible p is above this cannot show anything at the usual level, and says so
 
 
 class Interval(NamedTuple):
@@ -55,8 +55,7 @@ def bootstrap_interval(
 
     Source: Hesterberg 2015, "What Teachers Should Know About the Bootstrap" (the expanded percentile interval).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}")
+    _check_level(level)
     unit = unit or ("value" if clusters is None else "cluster")
     units = _unit_means(values, clusters)
     n = len(units)
@@ -69,9 +68,71 @@ def bootstrap_interval(
     for start in range(0, resamples, step):
         draws = rng.integers(n, size=(min(step, resamples - start), n))
         means[start : start + len(draws)] = units[draws].mean(axis=1)  # (draws, n) -> (draws,)
+    return Interval(mean, *expanded_percentiles(means, n, level), n, unit)
+
+
+def hierarchical_interval(
+    values: ArrayLike,
+    subjects: ArrayLike,
+    seeds: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    unit: str = "subject",
+) -> Interval:
+    """Returns the mean of the values with a bootstrap interval over subjects and, within each, its training seeds.
+
+    The mean is macro on both levels: values are averaged within a training run (a subject and a seed), runs within a subject, then
+    subjects. Subjects are resampled, and within each drawn one its seeds. Subject means already differ by what seeds make of them, so
+    drawing seeds on top would count that twice (Davison & Hinkley 1997, sec. 3.8: the variance is up to (2 - 1/seeds) times too large);
+    the subjects are therefore first drawn in towards the grand mean by just what the seeds add. So the interval is as wide as that of
+    the subject means, and never narrower than the spread of the seeds allows, even if few subjects agree by chance.
+
+    Args:
+        values: (n,) scores; NaN means not measured and is left out.
+        subjects: (n,) labels of the independent units.
+        seeds: (n,) labels of the training seeds; the same label in two subjects is two runs.
+        level: wanted coverage, in (0, 1).
+        resamples: number of bootstrap draws.
+        seed: of the draws.
+        unit: the word for a subject in a report.
+
+    Returns:
+        The interval; n counts subjects, never runs. Low and high are None if there are fewer than 3 subjects.
+
+    Raises:
+        ValueError: the shapes or the level cannot be used.
+    """
+    _check_level(level)
+    runs, counts = _run_means(values, subjects, seeds)  # (subjects, most seeds) padded with 0, (subjects,)
+    n, most = runs.shape
+    units = runs.sum(axis=1) / counts  # (subjects,)
+    mean = float(units.mean()) if n else math.nan
+    if n < FEWEST_UNITS:
+        return Interval(mean, None, None, n, unit)
+    has_run = np.arange(most) < counts[:, None]
+    of_seeds = float((((runs - units[:, None]) ** 2 * has_run).sum(axis=1) / counts**2).mean())  # variance that drawing seeds adds to a subject mean
+    of_units = float(units.var())
+    shrink = math.sqrt(max(0.0, 1 - of_seeds / of_units)) if of_units > 0 else 0.0
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, DRAWS_AT_ONCE // (n * most))
+    for start in range(0, resamples, step):
+        who = rng.integers(n, size=(min(step, resamples - start), n))  # (draws, subjects)
+        which = (rng.random((*who.shape, most)) * counts[who][..., None]).astype(int)  # (draws, subjects, seeds)
+        drawn = (runs[who[..., None], which] * has_run[who]).sum(axis=-1) / counts[who]  # (draws, subjects)
+        means[start : start + len(who)] = mean + (shrink * (units[who] - mean) + drawn - units[who]).mean(axis=1)
+    return Interval(mean, *expanded_percentiles(means, n, level), n, unit)
+
+
+def expanded_percentiles(draws: NDArray[np.float64], n: int, level: float) -> tuple[float, float]:
+    """Returns the bounds of an interval from bootstrap draws of n >= 2 units: quantiles set further out, so that few units do not narrow it.
+
+    Source: Hesterberg 2015, "What Teachers Should Know About the Bootstrap".
+    """
     tail = norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - level) / 2, n - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high), n, unit)
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def paired_difference(
@@ -109,6 +170,85 @@ def paired_difference(
     return bootstrap_interval(a - b, clusters, level, resamples, seed, unit)
 
 
+class PermutationTest(NamedTuple):
+    """The answer of a permutation test."""
+
+    p: float  # in (0, 1], two-sided; NaN if nothing was measured
+    smallest_p: float  # that so few units, or draws, could have given
+    n: int  # number of independent units
+    exact: bool  # every pattern of signs was tried
+    unit: str  # what a unit is
+
+
+def sign_flip_test(
+    differences: ArrayLike, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0, unit: str | None = None
+) -> PermutationTest:
+    """Returns how likely a mean difference at least this far from 0, to either side, would be if the arms did not differ.
+
+    If they do not, each subject's mean difference might as well have had the other sign; all patterns of signs are tried, or, above 14
+    subjects, drawn (with the observed one among them, so that p is never 0). Images of one subject change sign together.
+
+    Args:
+        differences: (n,) one arm minus the other, pair by pair; NaN is left out.
+        clusters: (n,) labels of the independent units (subjects), or None if each value is one.
+        resamples: number of drawn patterns, where not all are tried.
+        seed: of the draws.
+        unit: the word for a unit in a report; by default "pair", or "cluster" if there are clusters.
+
+    Returns:
+        The test; with n units p cannot be below 2 / 2^n, which `describe_test` says when it is above 0.05 (n <= 5).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: Fisher 1935, "The Design of Experiments", sec. 21; Phipson & Smyth 2010 for drawn patterns.
+    """
+    units = _unit_means(differences, clusters)
+    n, unit = len(units), unit or ("pair" if clusters is None else "cluster")
+    if n == 0:
+        return PermutationTest(math.nan, math.nan, 0, True, unit)
+    limit = abs(units.sum()) - 1e-9 * np.abs(units).sum()  # rounding must not part a pattern from its equal
+    if n <= EXACT_UP_TO:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (patterns, n)
+        return PermutationTest(float((np.abs(signs @ units) >= limit).mean()), 2 / 2**n, n, True, unit)
+    rng = np.random.default_rng(seed)
+    reached, step = 0, max(1, DRAWS_AT_ONCE // n)
+    for start in range(0, resamples, step):
+        signs = 1 - 2 * rng.integers(2, size=(min(step, resamples - start), n))
+        reached += int((np.abs(signs @ units) >= limit).sum())
+    return PermutationTest((reached + 1) / (resamples + 1), max(2 / 2**n, 1 / (resamples + 1)), n, False, unit)
+
+
+def holm(p_values: Sequence[float] | ArrayLike) -> NDArray[np.float64]:
+    """Returns p values corrected for there being several, (n,): below 0.05 they are wrong together in at most 5 % of cases.
+
+    The smallest is multiplied by n, the next by n - 1, and so on; none may end below one that was smaller before, nor above 1.
+
+    Args:
+        p_values: (n,) in [0, 1]; NaN stays NaN and is not counted.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)[: int((~np.isnan(p)).sum())]  # NaN sorts last
+    corrected = np.full(p.shape, math.nan)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return corrected
+
+
+def describe_test(test: PermutationTest) -> str:
+    """Returns a test as text: "p = 0.031", "p < 0.001"; with too few units, "p = 0.12 (5 subjects: p cannot be below 0.06)"."""
+    if math.isnan(test.p):
+        return "not tested"
+    words = f"p = {test.p:.2g}" if test.p >= 0.001 else "p < 0.001"
+    return f"{words} ({fewest_words(test)})" if test.smallest_p > WEAKEST_P else words
+
+
+def fewest_words(test: PermutationTest) -> str:
+    """Returns the bound that few units set: "5 subjects: p cannot be below 0.06"."""
+    return f"{test.n} {test.unit}{'' if test.n == 1 else 's'}: p cannot be below {math.floor(test.smallest_p * 100) / 100:.2g}"
+
+
 def describe(interval: Interval, digits: int = 2) -> str:
     """Returns an interval as text: "0.82 (0.79 to 0.85)", or why there is none: "0.82 (no interval: 2 subjects)"."""
     if math.isnan(interval.mean):
@@ -134,101 +274,22 @@ def _unit_means(values: ArrayLike, clusters: ArrayLike | None) -> NDArray[np.flo
     return np.bincount(index, values[measured]) / np.bincount(index)
 
 
-@dataclass(slots=True, frozen=True)
-class StepScores:
-    """The scores of a model after so many steps of training; NaN is a score that was not, or could not be, measured."""
-
-    step: int  # optimiser steps; 0 is the un-tuned base
-    identity_fidelity: float
-    prompt_alignment: float
-    drift: float = math.nan
-    diversity: float = math.nan
-
-
-class Choice(NamedTuple):
-    """The chosen step, and why, in a sentence."""
-
-    step: int
-    reason: str
+def _run_means(values: ArrayLike, subjects: ArrayLike, seeds: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Returns the mean of each training run, (subjects, most seeds), padded with 0, and each subject's number of runs, (subjects,)."""
+    values, subjects, seeds = np.asarray(values, dtype=float), np.asarray(subjects), np.asarray(seeds)
+    if values.ndim != 1 or subjects.shape != values.shape or seeds.shape != values.shape:
+        raise ValueError(f"values, subjects and seeds must be lists of one length, got shapes {values.shape}, {subjects.shape} and {seeds.shape}")
+    measured = ~np.isnan(values)
+    _, who = np.unique(subjects[measured], return_inverse=True)
+    _, which = np.unique(seeds[measured], return_inverse=True)
+    runs, index = np.unique(np.stack([who, which], axis=1).reshape(-1, 2), axis=0, return_inverse=True)  # (runs, 2) sorted by subject
+    means = np.bincount(index.reshape(-1), values[measured]) / np.bincount(index.reshape(-1))
+    counts = np.bincount(runs[:, 0]) if len(runs) else np.zeros(0, dtype=int)
+    padded = np.zeros((len(counts), counts.max(initial=0)))
+    padded[np.arange(padded.shape[1]) < counts[:, None]] = means
+    return padded, counts
 
 
-class _Limits(NamedTuple):
-    """What an admissible step keeps to; NaN where the base gives nothing to compare with, so that it does not bind."""
-
-    alignment: float  # at least
-    drift: float  # at most
-
-    def violation(self, row: StepScores) -> float:
-        """Returns by how much cosine the row breaks the limits, summed; 0 if it keeps within them."""
-        excesses = (self.alignment - row.prompt_alignment, row.drift - self.drift)
-        return sum(excess for excess in excesses if excess > ROUNDING)  # false for NaN
-
-    def is_judged(self, row: StepScores) -> bool:
-        """Tells whether the row has every score that the rule needs."""
-        needs = [row.identity_fidelity]
-        needs += [] if math.isnan(self.alignment) else [row.prompt_alignment]
-        needs += [] if math.isnan(self.drift) else [row.drift]
-        return not any(map(math.isnan, needs))
-
-    def __str__(self) -> str:
-        bounds = [] if math.isnan(self.alignment) else [f"prompt alignment at least {self.alignment:.3f}"]
-        bounds += [] if math.isnan(self.drift) else [f"drift at most {self.drift:.3f}"]
-        return " and ".join(bounds) or "none, as the base was not scored"
-
-
-def choose_step(rows: Sequence[StepScores], min_alignment_ratio: float = 0.95, max_drift_gain: float = 0.1) -> Choice:
-    """Returns the best step by a rule declared beforehand: the most faithful one that has not lost too much.
-
-    The rule: of the steps whose prompt alignment is at least `min_alignment_ratio` times the base's and whose drift is at most
-    `max_drift_gain` above the base's, the one with the highest identity fidelity. If no step is admissible, the one that breaks
-    the limits least. Ties go to the earlier step. Steps with a NaN where the rule looks are chosen only if all are such: then the last.
-    Step 0, the base, is chosen only if it is the only row. A limit whose base score is missing does not bind, and the reason says so.
-
-    Choosing as a run goes is choosing at its end: a row's rank depends on that row and the base alone, so the step chosen in the end
-    was also the choice at the moment when it was scored, and no step that was passed over comes back. So a run that keeps the weights
-    whenever the newest step is the choice ends with the right ones, provided that the base is scored first.
-
-    Args:
-        rows: scores of one run, in any order.
-        min_alignment_ratio: share of the base's prompt alignment to keep, in [0, 1].
-        max_drift_gain: allowed gain in drift, in cosine, >= 0. Prior preservation moves it by 0.17 in Ruiz et al. 2023, table 3.
-
-    Returns:
-        The step and the reason.
-
-    Raises:
-        ValueError: there are no rows.
-    """
-    if not rows:
-        raise ValueError("rows must hold the scores of at least one step, got none")
-    rows = sorted(rows, key=lambda row: row.step)
-    base = next((row for row in rows if row.step == 0), None)
-    tuned = [row for row in rows if row.step != 0]
-    if not tuned:
-        return Choice(0, "step 0 (the base) is the only one with scores")
-    limits = _limits(base, min_alignment_ratio, max_drift_gain)
-    judged = [row for row in tuned if limits.is_judged(row)]
-    if not judged:
-        return Choice(tuned[-1].step, f"step {tuned[-1].step} is the last one, as no step has all the scores that the rule needs")
-    admissible = [row for row in judged if limits.violation(row) == 0]
-    if admissible:
-        best = max(admissible, key=lambda row: row.identity_fidelity)  # the earliest of equals
-        words = f"step {best.step} has the highest identity fidelity, {best.identity_fidelity:.3f}"
-        return Choice(best.step, f"{words}, of the {len(admissible)} of {len(tuned)} steps within the limits ({limits})")
-    best = min(judged, key=limits.violation)  # the earliest of equals
-    return Choice(best.step, f"no step is within the limits ({limits}); step {best.step} breaks them least: {_breach_words(best, limits)}")
-
-
-def _limits(base: StepScores | None, min_alignment_ratio: float, max_drift_gain: float) -> _Limits:
-    """Returns the limits that the base sets; for a negative alignment, the ratio counts away from it downwards."""
-    if base is None:
-        return _Limits(math.nan, math.nan)
-    return _Limits(base.prompt_alignment - (1 - min_alignment_ratio) * abs(base.prompt_alignment), base.drift + max_drift_gain)
-
-
-def _breach_words(row: StepScores, limits: _Limits) -> str:
-    """Returns which limits a row breaks, and by how much."""
-    short, excess = limits.alignment - row.prompt_alignment, row.drift - limits.drift
-    words = [f"prompt alignment {row.prompt_alignment:.3f} is {short:.3f} too low"] if short > ROUNDING else []
-    words += [f"drift {row.drift:.3f} is {excess:.3f} too high"] if excess > ROUNDING else []
-    return " and ".join(words)
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}")

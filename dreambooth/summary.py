@@ -2,34 +2,34 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
+from dreambooth.diagnosis import Setting, diagnose
+from dreambooth.metric_table import METRICS, MetricInfo
 from dreambooth.runs import RunFolder
-
-MEASURES = (  # key of the scores, its name in the summary, whether up is good, words for a change to the better and to the worse
-    ("identity_fidelity", "identity fidelity", True, "the subject was learned", "further from the subject than the un-tuned base"),
-    ("prompt_alignment", "prompt alignment", True, "prompts are followed better", "prompts are followed less"),
-    ("drift", "drift of the class", False, "the class moved away from the subject", "the class moved towards the subject"),
-    ("diversity", "diversity of the subject", True, "", ""),
-    ("class_diversity", "diversity of the class", True, "", ""),
-)
+from dreambooth.step_choice import StepScores
 
 
-def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
+def summarize(run: RunFolder, scores: dict[str, Any], reason: str, course: Sequence[StepScores] = ()) -> str:
     """Returns the summary of a finished run.
 
     Args:
         run: its folder.
         scores: what scores.json holds.
         reason: why the best step was chosen, from the declared rule.
+        course: the scores of every step that was evaluated on the way.
     """
     config, rows = run.config, {row["arm"]: row for row in scores["rows"]}
     lines = ["", f"{config.subject.in_prompt('{subject}')}: step {rows['best']['step']} of {config.trainer.max_steps} is the best", f"  {reason}"]
     if scores["missing"]:
         lines += ["what was learned and lost is not measured", f"  {scores['missing']}"]
     else:
-        lines += ["what was learned (on prompts that chose nothing; step 0 is the un-tuned base)", *_measured(MEASURES[:1], rows, scores)]
-        lines += ["what was lost", *_measured(MEASURES[1:], rows, scores), f"  {scores['unit']}"]
+        lines += ["what was learned (on prompts that chose nothing; step 0 is the un-tuned base)", *_measured(METRICS[:1], rows, scores)]
+        lines += ["what was lost", *_measured(METRICS[1:], rows, scores), f"  {scores['unit']}"]
+        last = rows.get("final", rows["best"])
+        found = diagnose(rows["base"], rows["best"], last, scores["references"], scores["differences"], setting(run), course)
+        lines += ["what the scores say", *(f"  {line}" for line in found.lines())]
     prompt = config.subject.in_prompt("a photo of a {subject} on the beach")
     model = "model/" if config.base.is_lab() else "model.safetensors"
     return "\n".join(
@@ -46,30 +46,49 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str) -> str:
     )
 
 
-def _measured(measures: tuple[tuple[str, str, bool, str, str], ...], rows: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+def setting(run: RunFolder) -> Setting:
+    """Returns what of the run's config an advice depends on."""
+    config = run.config
+    learns_text = getattr(config.method, "train_text_encoder", None)
+    return Setting(
+        config.trainer.max_steps,
+        config.trainer.eval_every,
+        config.optim.learning_rate,
+        photos=len(list((run.path / "photos").glob("*.png"))),
+        prior_weight=getattr(config.prior, "weight", None),
+        prior_prompts=len(config.prior.templates),
+        captions=getattr(config.data, "captions", None) == "auto",
+        trains_text_encoder=learns_text is not False,
+        text_encoder_learning_rate=config.optim.text_encoder_learning_rate if learns_text else None,
+    )
+
+
+def _measured(measures: Sequence[MetricInfo], rows: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     """Returns a line a measure: before and after, the difference with its interval in words, the mark to read it against."""
     base, best, references = rows["base"], rows["best"], scores["references"]
     mark_name = "true renders" if "ground_truth" in references else "real photos"
     marks = references.get("ground_truth", references["real_photos"])
     lines = []
-    for key, name, up_is_good, better, worse in measures:
-        if not _is_number(best.get(key)) or not _is_number(base.get(key)):
+    for info in measures:
+        key, name = info.key, info.title[0].lower() + info.title[1:]
+        if not info.is_headline or not _is_number(best.get(key)) or not _is_number(base.get(key)):
             continue
         line = f"  {name:25}{base[key]:6.2f} -> {best[key]:5.2f}"
         line += f"   ({mark_name} {marks[key]:.2f})" if _is_number(marks.get(key)) else ""
         difference = scores["differences"].get("best - base", {}).get(key)
-        lines.append(line + (f"   {_in_words(difference, up_is_good, better, worse)}" if difference else ""))
+        lines.append(line + (f"   {_in_words(difference, info)}" if difference else ""))
     return lines
 
 
-def _in_words(difference: dict[str, Any], up_is_good: bool, better: str, worse: str) -> str:
+def _in_words(difference: dict[str, Any], info: MetricInfo) -> str:
     mean, low, high = difference["mean"], difference["low"], difference["high"]
     if low is None:
         return f"{mean:+.2f}, too few {difference['unit']}s for an interval"
     interval = f"{mean:+.2f}, 95% interval {low:+.2f} to {high:+.2f} over {difference['n']} {difference['unit']}s"
     if low <= 0 <= high:
         return f"{interval}: no change can be shown"
-    return f"{interval}: {better if (mean > 0) == up_is_good else worse}"
+    words = info.better if (mean > 0) == (info.direction == "up") else info.worse
+    return f"{interval}: {words}" if words else interval
 
 
 def _argument(key: str, value: object) -> str:
@@ -92,7 +111,7 @@ def score_table(scores: dict[str, Any]) -> str:
     """Returns the rows of scores.json as a text table with 95% intervals, reference rows below."""
     if scores["missing"]:
         return f"no scores: {scores['missing']}"
-    keys = ("identity_fidelity", "prompt_alignment", "drift", "diversity", "class_diversity")
+    keys = [info.key for info in METRICS if info.is_headline and any(_is_number(row.get(info.key)) for row in scores["rows"])]
     lines = [f"{'':30}" + "".join(f"{key.replace('_', ' '):>26}" for key in keys)]
     for row in scores["rows"]:
         lines.append(f"{row['arm'] + ' (step ' + str(row['step']) + ')':30}" + "".join(f"{_cell(row, key):>26}" for key in keys))

@@ -50,10 +50,27 @@ def weights(run: RunFolder, name: str = "final") -> dict:
     return load_file(run.path / "checkpoints" / f"{name}.safetensors")
 
 
-def make_photos(folder: Path, count: int = 4, size: tuple[int, int] = (96, 80)) -> Path:
+def make_dreambench(folder: Path, subjects: dict[str, str], photos: int = 4) -> Path:
+    """Writes a DreamBench folder: subjects (name -> class) with photos, one listed subject without, three prompts of each sort."""
+    for name in subjects:
+        make_photos(folder / name, photos, seed=sum(map(ord, name)))
+    rows = "\n".join(f"{name},{noun}" for name, noun in (subjects | {"absent_toy": "toy"}).items())
+    lists = {
+        "Object": ["a {0} {1} in the snow", "a {0} {1} with a city in the background", "a red {0} {1}"],
+        "Live Subject": ["a {0} {1} in the snow", "a {0} {1} wearing a red hat", "a red {0} {1}"],
+    }
+    parts = ["Classes", f"subject_name,class\n{rows}", "Prompts"]
+    for sort, prompts in lists.items():
+        lines = ",\n".join(f"'{prompt}'.format(unique_token, class_token)" for prompt in prompts)
+        parts += [f"{sort} Prompts", f"prompt_list = [\n{lines}\n]"]
+    (folder / "prompts_and_classes.txt").write_text("\n\n".join(parts) + "\n")
+    return folder
+
+
+def make_photos(folder: Path, count: int = 4, size: tuple[int, int] = (96, 80), seed: int = 0) -> Path:
     """Writes photos that differ, as a phone names them."""
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        noise = np.random.default_rng(k).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+        noise = np.random.default_rng([seed, k] if seed else k).integers(0, 256, (6, 5, 3), dtype=np.uint8)
         Image.fromarray(noise).resize(size, Image.BICUBIC).save(folder / f"IMG_{k + 1}.jpg", quality=95)
     return folder

@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreambooth.adapters import Full, TokenRows, load_trainable_state, trainable_state
+from dreambooth.adapters import CrossAttentionKV, Full, Method, ParamGroup, describe_learning, let_learn, load_trainable_state, trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusion, StableDiffusionModel
-from dreambooth.errors import UserError
+from dreambooth.config import Config, from_plain, to_plain
+from dreambooth.errors import ConfigError, UserError
+from dreambooth.lora import Lora
+from dreambooth.peft_layers import adapter_layers
+from dreambooth.recipes import LAB_METHODS, STABLE_DIFFUSION_METHODS
+from dreambooth.textual_inversion import PivotalTuning, TextualInversion
+from dreambooth.token_rows import TokenRows
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog"]
 VARIANTS = [(False, False), (True, False), (False, True), (True, True)]
@@ -217,3 +223,248 @@ def test_full_trains_a_base_of_the_second_family(tiny_folder: Callable[..., Path
     assert torch.equal(output(attached(base)), before)
     train_a_little(base, 1)
     assert not torch.equal(output(base), before)
+
+
+# LoRA
+
+
+def test_lora_update_is_alpha_over_rank_times_the_product_of_its_matrices(fresh_base: StableDiffusionModel) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    before = fresh_base.unet.get_submodule(name).weight.clone()
+    method = Lora(rank=2, alpha=6.0, train_text_encoder=False, train_token=False)
+    method.attach(fresh_base, "sks")
+    layer = fresh_base.unet.get_submodule(name)
+    a, b = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b)
+    method.merge(fresh_base)
+    torch.testing.assert_close(fresh_base.unet.get_submodule(name).weight, before + 6.0 / 2 * b @ a, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_without_an_alpha_has_scale_one(fresh_base: StableDiffusionModel) -> None:
+    Lora(rank=8).attach(fresh_base, "sks")
+    assert {place.layer.scaling["default"] for place in adapter_layers(fresh_base.unet)} == {1.0}
+
+
+def test_lora_dropout_hides_its_share_of_the_input_in_training_and_none_after(fresh_base: StableDiffusionModel) -> None:
+    Lora(rank=2, dropout=0.25).attach(fresh_base, "sks")
+    dropouts = [place.layer.lora_dropout["default"] for place in adapter_layers(fresh_base.unet)]
+    torch.manual_seed(0)
+    assert (dropouts[0].train()(torch.ones(20000)) == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (dropouts[0].eval()(torch.ones(100)) == 1).all()
+    assert {dropout.p for dropout in dropouts} == {0.25}
+
+
+def test_lora_gaussian_start_has_the_deviation_that_is_said(fresh_base: StableDiffusionModel) -> None:
+    Lora(rank=8, init="gaussian").attach(fresh_base, "sks")
+    start = torch.cat([place.layer.lora_A["default"].weight.flatten() for place in adapter_layers(fresh_base.unet)])
+    assert start.std().item() == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_lora_start_depends_on_the_seed_alone(tiny_folder: Callable[..., Path]) -> None:
+    starts = []
+    for seed in (3, 3, 4):
+        base = StableDiffusion(path=str(tiny_folder())).load()
+        torch.rand(len(starts) + 1)  # another state of torch's own generator each time
+        Lora(rank=2, train_text_encoder=True).attach(base, "sks", seed=seed)
+        starts.append({name: tensor.clone() for name, tensor in trainable_state(base).items()})
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    different = {name for name in starts[0] if not torch.equal(starts[0][name], starts[2][name])}
+    assert different == {name for name in starts[0] if ".lora_A." in name}
+
+
+def test_lora_attach_leaves_torchs_generator_alone(fresh_base: StableDiffusionModel) -> None:
+    before = torch.get_rng_state()
+    Lora(rank=2, train_text_encoder=True).attach(fresh_base, "sks")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_lora_names_a_target_that_the_base_has_not(fresh_base: StableDiffusionModel) -> None:
+    """peft passes over it in silence as long as another one fits."""
+    with pytest.raises(ConfigError, match=r"method\.target_modules must be ends of layer names of the base, got 'to_qq'"):
+        Lora(target_modules=["to_k", "to_qq"]).attach(fresh_base, "sks")
+
+
+def test_lora_refuses_a_layer_of_a_kind_without_adapters(fresh_base: StableDiffusionModel) -> None:
+    with pytest.raises(ConfigError, match=r"method\.target_modules must be linear layers or convolutions"):
+        Lora(target_modules=["to_q", "norm1"]).attach(fresh_base, "sks")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Lora, {"rank": 0}),
+        (Lora, {"alpha": 0.0}),
+        (Lora, {"alpha": float("nan")}),
+        (Lora, {"dropout": 1.0}),
+        (Lora, {"init": "zeros"}),
+        (Lora, {"target_modules": []}),
+        (Lora, {"text_encoder_stop_step": 0}),
+        (Full, {"text_encoder_stop_step": 0}),
+        (TextualInversion, {"num_vectors": 0}),
+        (TextualInversion, {"num_vectors": 2, "new_token": False}),
+        (TextualInversion, {"init_word": " "}),
+        (PivotalTuning, {"inversion_steps": 0}),
+        (PivotalTuning, {"then": "lokr"}),
+        (PivotalTuning, {"lora": Lora(train_token=True)}),
+    ],
+)
+def test_method_refuses_a_setting_that_cannot_work(kind: type[Method], settings: dict) -> None:
+    with pytest.raises(ConfigError, match="^method\\."):
+        kind(**settings)
+
+
+# Words
+
+
+def test_textual_inversion_starts_from_the_class_noun(fresh_base: StableDiffusionModel) -> None:
+    (dog,) = fresh_base.token_id("dog")
+    expected = fresh_base.text_encoder.get_input_embeddings().weight[dog].clone()
+    TextualInversion(num_vectors=2).attach(fresh_base, "sks", "dog")
+    rows = fresh_base.text_encoder.get_input_embeddings().rows
+    assert torch.equal(rows, torch.stack([expected, expected]))
+
+
+def test_textual_inversion_starts_from_the_mean_of_a_word_of_several_tokens(fresh_base: StableDiffusionModel) -> None:
+    ids = fresh_base.token_id("qyx")
+    table = fresh_base.text_encoder.get_input_embeddings().weight
+    expected = (table[ids[0]] + table[ids[1]] + table[ids[2]]) / 3
+    TextualInversion(init_word="qyx").attach(fresh_base, "sks", "dog")
+    torch.testing.assert_close(fresh_base.text_encoder.get_input_embeddings().rows[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "vectors", "asked", "is_new"), [("sks", 1, None, False), ("sks", 2, None, True), ("qyx", 1, None, True), ("qyx", 1, False, False)]
+)
+def test_textual_inversion_adds_a_token_where_one_is_needed(
+    fresh_base: StableDiffusionModel, identifier: str, vectors: int, asked: bool | None, is_new: bool
+) -> None:
+    before = len(fresh_base.tokenizer)
+    TextualInversion(num_vectors=vectors, new_token=asked).attach(fresh_base, identifier, "dog")
+    assert len(fresh_base.tokenizer) - before == (vectors if is_new else 0)
+    assert len(fresh_base.text_encoder.get_input_embeddings().weight) == len(fresh_base.tokenizer)
+
+
+def test_textual_inversion_puts_all_vectors_where_the_prompt_says_the_word(fresh_base: StableDiffusionModel) -> None:
+    plain = fresh_base.tokenize(["a photo of a dog"])[0].tolist()
+    TextualInversion(num_vectors=3).attach(fresh_base, "<toto>", "dog")
+    first = len(fresh_base.tokenizer) - 3
+    found = fresh_base.tokenize(["a photo of a <toto> dog"])[0].tolist()
+    assert found[:9] == plain[:5] + [first, first + 1, first + 2] + plain[5:6]
+
+
+def test_textual_inversion_does_not_find_the_word_inside_another(fresh_base: StableDiffusionModel) -> None:
+    before = fresh_base.tokenize(["a dog with masks"])
+    TextualInversion(new_token=True).attach(fresh_base, "sks", "dog")
+    assert torch.equal(fresh_base.tokenize(["a dog with masks"]), before)
+
+
+def test_textual_inversion_refuses_a_name_that_is_an_entry_of_the_tokenizer(fresh_base: StableDiffusionModel) -> None:
+    with pytest.raises(ConfigError, match="subject.identifier must be a name that the tokenizer does not know.*got 's'; choose another, as <s>"):
+        TextualInversion(new_token=True).attach(fresh_base, "s", "dog")
+
+
+def test_textual_inversion_without_a_word_to_start_from_says_so(fresh_base: StableDiffusionModel) -> None:
+    with pytest.raises(ConfigError, match="method.init_word must be set"):
+        TextualInversion().attach(fresh_base, "sks")
+
+
+def test_textual_inversion_leaves_every_prompt_without_the_word_alone(fresh_base: StableDiffusionModel) -> None:
+    with torch.no_grad():
+        before = fresh_base.encode_prompts(["a photo of a dog", "a red hat"])
+        TextualInversion(num_vectors=2).attach(fresh_base, "sks", "dog")
+        fresh_base.text_encoder.get_input_embeddings().rows += 1.0
+        assert torch.equal(fresh_base.encode_prompts(["a photo of a dog", "a red hat"]), before)
+
+
+# What all share
+
+
+def test_keys_and_values_are_those_of_the_attention_to_the_text(fresh_base: StableDiffusionModel) -> None:
+    """A layer that sees the text has as many inputs as the text is wide; of each there are one for the keys and one for the values."""
+    groups = CrossAttentionKV(train_token=False).attach(fresh_base, "sks")
+    width, layers = fresh_base.unet.config.cross_attention_dim, [m for n, m in fresh_base.unet.named_modules() if n.endswith("attn2")]
+    assert len(groups[0].parameters) == 2 * len(layers) and {p.shape[1] for p in groups[0].parameters} == {width}
+
+
+def test_let_learn_opens_and_closes_groups_by_the_step() -> None:
+    always, early, late = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    groups = [ParamGroup("unet", [always]), ParamGroup("token", [early], stop=2), ParamGroup("text_encoder", [late], start=2)]
+    early.grad = torch.ones(1)
+    for step, expected in ((1, [True, True, False]), (2, [True, False, True]), (3, [True, False, True])):
+        let_learn(groups, step)
+        assert [p.requires_grad for p in (always, early, late)] == expected
+    assert early.grad is None
+
+
+def test_describe_learning_says_parts_sizes_and_steps() -> None:
+    groups = [ParamGroup("unet", [nn.Parameter(torch.ones(1200))], start=5), ParamGroup("token", [nn.Parameter(torch.ones(3))], stop=5)]
+    assert describe_learning(Lora(), groups) == "method lora: parameters that learn: unet 1,200 from step 5, token 3 until step 5"
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+def test_training_option_that_saves_memory_or_time_changes_no_name_and_no_gradient(make_config: Callable[..., Config], option: str) -> None:
+    from dreambooth.module import DreamBoothModule
+
+    found = []
+    for on in (False, True):
+        config = make_config(
+            {"method.name": "lora", "method.train_text_encoder": True, "method.rank": 2, f"trainer.{option}": on, "prior.name": "none"}
+        )
+        base = config.base.load()
+        groups = config.method.attach(base, "sks", "dog", 0)
+        with torch.no_grad():
+            for tensor in trainable_state(base).values():
+                tensor += 0.1
+        module = DreamBoothModule(config, base, groups)
+        module.on_train_start()
+        with torch.compiler.set_stance("force_eager"):  # compiling itself takes a minute
+            base.predict(NOISY, T, base.encode_prompts(PROMPTS)).pow(2).mean().backward()
+        found.append((module, {name: p.grad for name, p in base.named_parameters() if p.requires_grad}))
+    (plain, expected), (other, gradients) = found
+    assert list(plain.state_dict()) == list(other.state_dict())
+    assert gradients.keys() == expected.keys() and all(torch.allclose(gradients[n], expected[n], atol=1e-6) for n in expected)
+    unet, text = other.base.unet, other.base.text_encoder
+    assert unet.is_gradient_checkpointing == text.is_activation_checkpointing == (option == "gradient_checkpointing")
+    assert (unet._compiled_call_impl is not None) == (option == "compile")
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", ["lora", "cross_attention_kv", "textual_inversion", "pivotal_tuning"])
+def test_recipe_of_a_method_stands_above_that_of_the_base_and_below_the_user(make_config: Callable[..., Config], name: str) -> None:
+    config = make_config({"method.name": name})
+    for dotted, value in STABLE_DIFFUSION_METHODS[config.method.recipe_name].items():
+        section, key = dotted.split(".")
+        assert getattr(getattr(config, section), key) == value
+    assert make_config({"method.name": name, "optim.learning_rate": 0.125, "trainer.max_steps": 12}).optim.learning_rate == 0.125
+
+
+def test_recipes_of_methods_name_settings_that_exist(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    for dotted in {key for table in (*LAB_METHODS.values(), *STABLE_DIFFUSION_METHODS.values()) for key in table}:
+        section, key = dotted.split(".")
+        assert hasattr(getattr(config, section), key), dotted
+
+
+def test_pivotal_tuning_gives_the_word_half_of_the_steps(make_config: Callable[..., Config]) -> None:
+    assert make_config({"method.name": "pivotal_tuning", "trainer.max_steps": 30}).method.inversion_steps == 15
+
+
+def test_pivotal_tuning_refuses_an_inversion_that_leaves_no_step(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"method.inversion_steps must be below trainer.max_steps \(30\), so that lora learns too, got 30"):
+        make_config({"method.name": "pivotal_tuning", "trainer.max_steps": 30, "method.inversion_steps": 30})
+
+
+def test_pivotal_tuning_full_keeps_the_rate_of_full_tuning(make_config: Callable[..., Config]) -> None:
+    full, pivotal = make_config({"method.name": "full"}), make_config({"method.name": "pivotal_tuning", "method.then": "full"})
+    assert pivotal.optim.learning_rate == full.optim.learning_rate
+
+
+def test_method_with_methods_inside_goes_through_the_plain_form(make_config: Callable[..., Config]) -> None:
+    settings = {"method.name": "pivotal_tuning", "method.lora.rank": 7, "method.inversion.num_vectors": 2}
+    config = make_config(settings)
+    again = from_plain(to_plain(config))
+    assert again.method == config.method and (again.method.lora.rank, again.method.inversion.num_vectors) == (7, 2)

@@ -13,12 +13,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {  # each may import itself and what stands above it here
-    "pure": "diffusion photos grids metrics statistics errors randomness",
-    "parts": "base lab adapters objective optimization encoders clip_dino samplers photo_folder files",
+    "pure": (
+        "diffusion photos photo_checks smart_crop buckets captions grids metrics metric_table metric_states masked_identity "
+        "pixel_metrics statistics correlation variance_components comparison step_choice diagnosis errors randomness"
+    ),
+    "parts": (
+        "base lab adapters token_rows peft_layers lora textual_inversion averaging objective priors optimization encoders clip_dino "
+        "perceptual samplers photo_folder side_files caches dreambench tokens files claims"
+    ),
     "page": "config recipes",
-    "after": "runs class_bank subject_photos generation evaluation final_scores interop",
-    "train": "data module callbacks",
-    "faces": "cli summary report studio __main__",
+    "after": (
+        "live_storage memory memory_cuts preflight runs class_bank subject_photos generation evaluation base_images scoring lab_truth "
+        "final_scores rescoring combined_scores interop"
+    ),
+    "train": "data module fixed_loss callbacks first_steps",
+    "faces": "cli sweeps summary report studio __main__",
     "scripts": "train evaluate generate",
 }
 ORDER = list(LAYERS)
@@ -27,7 +36,7 @@ ONLY_IN = {  # third-party name -> layers, or modules, that may import it
     "pytorch_lightning": ("train", "scripts"),
     "lightning": (),
     "wandb": ("scripts",),
-    "hydra": ("scripts", "dreambooth.cli"),
+    "hydra": ("scripts", "dreambooth.cli", "dreambooth.sweeps"),
     "torchvision": (),
 }
 FORBIDDEN_NAMES = {"utils", "util", "core", "common", "components", "helpers", "helper", "misc"}

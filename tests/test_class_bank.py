@@ -1,7 +1,12 @@
 """The class bank: which images, each with a seed of its own, shared by what is equal, continued after a kill, never taken for another."""
 
+import hashlib
 import json
+import multiprocessing
 import os
+import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +16,18 @@ from PIL import Image
 
 from dreambooth import class_bank
 from dreambooth.base.stable_diffusion import StableDiffusionModel
-from dreambooth.class_bank import ClassBank, draw_bank, manifest_digest, plan, read_user_bank, wants_class_images
+from dreambooth.claims import alone_in
+from dreambooth.class_bank import (
+    ClassBank,
+    bank_digest,
+    complete_bank,
+    draw_bank,
+    manifest_digest,
+    plan,
+    read_user_bank,
+    to_draw,
+    wants_class_images,
+)
 from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.generation import read_recipe
@@ -194,7 +210,7 @@ def test_draw_bank_of_another_recipe_is_another_folder(make_config: MakeConfig, 
 def test_draw_bank_refuses_a_manifest_that_was_tampered_with(config: Config, shared_base: StableDiffusionModel, drawn: ClassBank) -> None:
     path = folder(drawn) / "manifest.json"
     path.write_text(path.read_text().replace("a photo of a dog", "a photo of a cat"))
-    with pytest.raises(UserError, match=f"^{folder(drawn)} holds class images of another recipe; delete the folder"):
+    with pytest.raises(UserError, match=f"^{folder(drawn)} holds class images of another recipe: its 'images' is not what"):
         draw_bank(config, shared_base, "digest")
 
 
@@ -234,5 +250,150 @@ def test_read_user_bank_names_the_setting_when_the_folder_is_missing(make_config
         read_user_bank(make_config(BANK | {"prior.class_dir": str(tmp_path / "nowhere")}))
 
 
-def test_wants_class_images_only_with_the_prior(make_config: MakeConfig) -> None:
-    assert wants_class_images(make_config()) and not wants_class_images(make_config({"prior.name": "none"}))
+def test_wants_class_images_only_where_the_prior_does(make_config: MakeConfig) -> None:
+    wanted = {
+        "class_images": {},
+        "none": {"prior.name": "none"},
+        "own photos": {"prior.name": "self_distilled"},
+        "bank": {"prior.name": "self_distilled", "prior.images": "class"},
+    }
+    assert [name for name, changes in wanted.items() if wants_class_images(make_config(changes))] == ["class_images", "bank"]
+
+
+def test_manifest_holds_the_hash_of_every_image_as_it_was_drawn(drawn: ClassBank) -> None:
+    recorded = json.loads((folder(drawn) / "manifest.json").read_text())["sha256"]
+    assert recorded == {name: hashlib.sha256(data).hexdigest() for name, data in contents(drawn).items()}
+
+
+@pytest.mark.parametrize("other", ["a photo from elsewhere", "another image of the bank", "the same picture, saved again"])
+def test_draw_bank_refuses_an_image_that_was_put_there_by_hand(
+    config: Config, shared_base: StableDiffusionModel, drawn: ClassBank, other: str
+) -> None:
+    path = drawn.images[2]
+    if other == "a photo from elsewhere":
+        Image.new("RGB", (64, 64), "red").save(path)
+    elif other == "another image of the bank":
+        shutil.copy(drawn.images[3], path)
+    else:
+        Image.open(path).convert("RGB").save(path)
+    with pytest.raises(UserError, match=rf"^{path} must be the image that the base drew .*; delete the file to have it drawn again"):
+        draw_bank(config, shared_base, "digest")
+
+
+def test_draw_bank_draws_an_image_again_after_the_foreign_one_was_deleted(
+    config: Config, shared_base: StableDiffusionModel, drawn: ClassBank
+) -> None:
+    before = contents(drawn)
+    drawn.images[2].unlink()
+    again = draw_bank(config, shared_base, "digest")
+    assert {k: v for k, v in contents(again).items() if k != "00002.png"} == {k: v for k, v in before.items() if k != "00002.png"}
+    recorded = json.loads((folder(drawn) / "manifest.json").read_text())["sha256"]
+    assert recorded["00002.png"] == hashlib.sha256(drawn.images[2].read_bytes()).hexdigest()
+
+
+def test_draw_bank_draws_an_image_again_whose_hash_was_not_written_before_the_kill(
+    config: Config, shared_base: StableDiffusionModel, drawn: ClassBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(drawn) / "manifest.json"
+    found = json.loads(path.read_text())
+    del found["sha256"]["00003.png"]
+    path.write_text(json.dumps(found))
+    draws = count_draws(monkeypatch)
+    draw_bank(config, shared_base, "digest")
+    assert draws == ["a dog on the grass"]
+
+
+def test_draw_bank_of_two_at_once_is_drawn_once(
+    config: Config, shared_base: StableDiffusionModel, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first, though it would draw in batches of another size, and finds all there."""
+    draws, banks, original = [], [], class_bank.generate
+
+    def slow(base: object, prompts: list[str], *rest: object) -> np.ndarray:
+        draws.append(list(prompts))
+        time.sleep(0.05)
+        with only_one:  # torch modules are not made for two threads; what is tested is the bank
+            return original(base, prompts, *rest)
+
+    only_one = threading.Lock()
+    monkeypatch.setattr(class_bank, "generate", slow)
+    configs = [config, make_config(BANK | {"sampling.batch_size": 3})]
+    threads = [threading.Thread(target=lambda own=own: banks.append(draw_bank(own, shared_base, "digest"))) for own in configs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(map(len, draws)) == 5 and len(banks) == 2 and banks[0].digest == banks[1].digest
+    assert sorted(os.listdir(folder(banks[0]))) == [*(f"{k:05d}.png" for k in range(5)), "manifest.json"]
+    draw_bank(config, shared_base, "digest")  # refuses what is not as it was recorded
+
+
+def _hold(bank: str, entered: object, leave: object) -> None:
+    with alone_in(Path(bank), "draws"):
+        entered.set()
+        leave.wait(60)
+
+
+def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    entered, leave = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path / "bank"), entered, leave))
+    holder.start()
+    assert entered.wait(60)
+    threading.Timer(0.1, holder.kill).start()
+    start = time.perf_counter()
+    with alone_in(tmp_path / "bank", "draws"):
+        waited = time.perf_counter() - start
+    holder.join(60)
+    assert 0.05 < waited < 30 and "waiting for the process that draws" in capsys.readouterr().out
+
+
+def own_images(where: Path, count: int) -> Path:
+    where.mkdir()
+    rng = np.random.default_rng(1)
+    for k in range(count):
+        Image.fromarray(rng.integers(0, 256, (80, 70, 3), dtype=np.uint8)).save(where / f"{k}.png")
+    return where
+
+
+@pytest.mark.parametrize(("count", "top_up", "expected"), [(3, False, 0), (3, True, 2), (5, True, 0), (7, True, 0)])
+def test_to_draw_is_what_the_users_images_lack(make_config: MakeConfig, tmp_path: Path, count: int, top_up: bool, expected: int) -> None:
+    config = make_config(BANK | {"prior.class_dir": str(own_images(tmp_path / "own", count)), "prior.top_up": top_up})
+    assert to_draw(config, read_user_bank(config)) == expected
+
+
+def test_to_draw_is_all_without_own_images_and_nothing_without_class_images(make_config: MakeConfig) -> None:
+    assert to_draw(make_config(BANK), None) == 5 and to_draw(make_config({"prior.name": "none"}), None) == 0
+
+
+def test_complete_bank_puts_the_users_images_first_and_tops_up_with_drawn_ones(
+    make_config: MakeConfig, shared_base: StableDiffusionModel, tmp_path: Path
+) -> None:
+    config = make_config(BANK | {"prior.class_dir": str(own_images(tmp_path / "own", 3)), "prior.top_up": True})
+    own = read_user_bank(config)
+    bank = complete_bank(config, shared_base, "digest", own)
+    assert bank.images[:3] == own.images and [path.name for path in bank.images[3:]] == ["00000.png", "00001.png"]
+    assert bank.captions == ["a photo of a dog"] * 3 + ["a photo of a dog", "a dog on the grass"]
+    assert bank.digest == bank_digest(config, "digest", own)
+
+
+def test_complete_bank_of_enough_own_images_is_theirs(make_config: MakeConfig, shared_base: StableDiffusionModel, tmp_path: Path) -> None:
+    config = make_config(BANK | {"prior.class_dir": str(own_images(tmp_path / "own", 3))})
+    own = read_user_bank(config)
+    assert complete_bank(config, shared_base, "digest", own) is own and bank_digest(config, "digest", own) == own.digest
+
+
+def test_complete_bank_without_own_images_is_the_drawn_one(config: Config, shared_base: StableDiffusionModel, drawn: ClassBank) -> None:
+    assert complete_bank(config, shared_base, "digest", None) == drawn and bank_digest(config, "digest", None) == drawn.digest
+
+
+def test_complete_bank_and_its_digest_are_none_without_class_images(make_config: MakeConfig, shared_base: StableDiffusionModel) -> None:
+    config = make_config({"prior.name": "self_distilled"})
+    assert complete_bank(config, shared_base, "digest", read_user_bank(config)) is None and bank_digest(config, "digest", None) == "none"
+
+
+def test_bank_digest_of_a_topped_up_bank_differs_with_either_part(make_config: MakeConfig, tmp_path: Path) -> None:
+    folders = [own_images(tmp_path / name, count) for name, count in (("a", 3), ("b", 2))]
+    configs = [make_config(BANK | {"prior.class_dir": str(path), "prior.top_up": True}) for path in folders]
+    digests = {bank_digest(config, base, read_user_bank(config)) for config in configs for base in ("digest", "other")}
+    assert len(digests) == 4

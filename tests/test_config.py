@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from dreambooth import cli
+from dreambooth.class_bank import images_wanted
 from dreambooth.config import (
     CHOICES,
     BaseEncoders,
@@ -35,7 +36,7 @@ from dreambooth.config import (
 from dreambooth.encoders import ClipDino, LabEncoders
 from dreambooth.errors import ConfigError
 from dreambooth.lab.world import CONTEXTS, PHOTO_CONTEXTS
-from dreambooth.recipes import LAB, STABLE_DIFFUSION, resolve
+from dreambooth.recipes import LAB, STABLE_DIFFUSION, resolve, settle_steps
 from dreambooth.runs import RunFolder
 from dreambooth.summary import summarize
 
@@ -140,6 +141,17 @@ def test_seed_zero_is_a_value() -> None:
 def test_prior_weight_zero_is_a_value() -> None:
     config = resolve(from_plain(plain_with(prior={"name": "class_images", "weight": 0.0})))
     assert config.prior.weight == 0.0
+
+
+@pytest.mark.parametrize(
+    ("noun", "subject", "prior"),
+    [(None, "a sks dog", "a dog"), ("teapot", "a sks teapot", "a teapot"), ("", "a sks", "a dog")],
+)
+def test_prompt_noun_changes_what_is_trained_but_not_what_is_scored(noun: str | None, subject: str, prior: str) -> None:
+    """The ablation of Ruiz et al. 2023, table 4: right, wrong and no noun; scores ask for what the subject really is."""
+    config = Subject(class_noun="dog", prompt_noun=noun)
+    assert (config.in_prompt("a {subject}"), config.prior_in_prompt("a {subject}")) == (subject, prior)
+    assert config.class_in_prompt("a {subject}") == "a dog"
 
 
 def test_subject_in_prompt_puts_identifier_and_class_in() -> None:
@@ -262,6 +274,11 @@ def test_resolve_leaves_no_null_but_those_that_mean_off(family: str, sd_plain: d
     resolved = to_plain(resolve(from_plain(LAB_PLAIN if family == "lab" else sd_plain)))
     nulls = {f"{section}.{key}" for section, node in resolved.items() if isinstance(node, dict) for key, value in node.items() if value is None}
     off = {"base.revision", "base.variant", "base.config_path", "base.prediction_type", "prior.class_dir", "encoders.folder", "wandb.entity"}
+    off |= {"encoders.lpips_backbone"}
+    off |= {"subject.prompt_noun", "trainer.early_stop_patience"}
+    off |= {"data.dreambench", "subject.name", "data.masks", "data.steps_per_image"}
+    off |= {"method.text_encoder_stop_step", "optim.fused", "trainer.ema_decay"}
+    off |= {"prior.weight_end", "objective.max_timestep", "objective.huber_delta"}
     assert nulls <= off | ({"data.subject_dir"} if family == "lab" else set())
 
 
@@ -440,7 +457,7 @@ def test_conf_experiment_header_check_sees_what_is_missing() -> None:
         (["trainer.max_step=3"], r"trainer\.max_step must be a setting that exists; did you mean trainer\.max_steps\?"),
         (["prior.wieght=1"], r"prior\.wieght must be a setting that exists; did you mean prior\.weight\?"),
         (["prior=none", "prior.weight=1"], r"prior\.weight must be a setting that exists; see them all: python train\.py --cfg job"),
-        (["method=lorra"], r"method must be one of full.*, got 'lorra'; .*"),
+        (["method=lorra"], r"method must be one of .*full.*, got 'lorra'; .*"),
         (["base=sd9"], r"base must be one of lab, .*, got 'sd9'; .*"),
         (["+foo=1"], r"foo must be a setting that exists; see them all: python train\.py --cfg job"),
         (["seed=-1"], r"seed must be 0 or more, got -1; .*"),
@@ -450,7 +467,7 @@ def test_conf_experiment_header_check_sees_what_is_missing() -> None:
         (["data.resolution=100"], r"data\.resolution must be a multiple of 8 px, 16 or more, got 100; .*"),
         (["data.batch_size=0"], r"data\.batch_size must be above 0, got 0; .*"),
         (["data.num_workers=-1"], r"data\.num_workers must be 0 or more, got -1; .*"),
-        (["data.crop=left"], r"data\.crop must be center or random, got 'left'; .*"),
+        (["data.crop=left"], r"data\.crop must be center, random or smart, got 'left'; .*"),
         (["trainer.max_steps=0"], r"trainer\.max_steps must be above 0, got 0; .*"),
         (["trainer.precision=fp16"], r"trainer\.precision must be one of 32-true, .*, got 'fp16'; .*"),
         (["sampling.steps=-1"], r"sampling\.steps must be above 0, got -1; .*"),
@@ -543,3 +560,69 @@ def test_train_script_answers_a_wrong_setting_with_one_line_and_status_2() -> No
 def test_config_store_holds_a_schema_for_every_script() -> None:
     names = ConfigStore.instance().list("")
     assert {f"{script}_schema.yaml" for script in SCHEMAS} <= set(names)
+
+
+def test_steps_per_image_decides_the_steps_once_the_photos_are_counted() -> None:
+    config = resolve(from_plain(plain_with(data={"steps_per_image": 100})))
+    assert config.trainer.max_steps is None
+    assert settle_steps(config, photos=7).trainer.max_steps == 700
+
+
+def test_steps_per_image_is_off_by_default() -> None:
+    config = resolve(from_plain(FIRST))
+    steps = config.trainer.max_steps
+    assert settle_steps(config, photos=7).trainer.max_steps == steps == LAB["trainer.max_steps"]
+
+
+def test_steps_per_image_and_max_steps_refuse_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"data.steps_per_image must be null where trainer.max_steps is set.*leave out the one"):
+        resolve(from_plain(plain_with(data={"steps_per_image": 100}, trainer={"max_steps": 5})))
+
+
+def test_steps_per_image_leaves_half_to_the_first_part_of_pivotal_tuning() -> None:
+    config = resolve(from_plain(plain_with(data={"steps_per_image": 10}, method={"name": "pivotal_tuning"})))
+    assert settle_steps(config, photos=4).method.inversion_steps == 20
+
+
+EXTRA = {"identifier": "ohwx", "class_noun": "teapot", "lab_seed": 3}
+
+
+def test_extra_subjects_survive_the_plain_form() -> None:
+    config = resolve(from_plain(plain_with(extra_subjects=[EXTRA])))
+    assert from_plain(to_plain(config)) == config and config.extra_subjects[0].prompt == config.subject.prompt
+    assert config.identifiers == "sks ohwx" and config.prior_nouns == ["robot", "teapot"]
+
+
+def test_extra_subjects_of_one_class_share_its_class_images() -> None:
+    extras = [EXTRA, EXTRA | {"identifier": "zwx", "class_noun": "robot"}]
+    config = resolve(from_plain(plain_with(extra_subjects=extras, prior={"name": "class_images"})))
+    assert config.prior_nouns == ["robot", "teapot"]
+    assert config.prior_prompts[:2] == ["a photo of a robot", "a photo of a teapot"] and images_wanted(config) == 2 * LAB["prior.num_images"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identifier": "SKS"}, "extra_subjects.identifier must be another one for each subject, got 'sks'"),
+        ({"subject_dir": "photos"}, "extra_subjects must name either a subject_dir or a lab_seed each, got 'ohwx'"),
+        ({"lab_seed": None}, "extra_subjects must name either a subject_dir or a lab_seed each, got 'ohwx'"),
+        ({"repeats": 0}, "extra_subjects.repeats must be above 0, got 0"),
+        ({"prompt": "a photo"}, "extra_subjects.prompt must name the subject as {subject}, got 'a photo'"),
+    ],
+)
+def test_extra_subjects_are_checked(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        from_plain(plain_with(extra_subjects=[EXTRA | change]))
+
+
+def test_extra_subjects_are_not_for_a_method_that_learns_one_word() -> None:
+    with pytest.raises(ConfigError, match="extra_subjects must be empty with method=textual_inversion"):
+        resolve(from_plain(plain_with(extra_subjects=[EXTRA], method={"name": "textual_inversion"})))
+
+
+def test_fingerprint_names_the_photos_of_extra_subjects_by_content() -> None:
+    names = set()
+    for folder in ("a", "b"):
+        extra = {"identifier": "ohwx", "class_noun": "teapot", "subject_dir": folder}
+        names.add(fingerprint(to_plain(resolve(from_plain(plain_with(extra_subjects=[extra])))), photos="1"))
+    assert len(names) == 1

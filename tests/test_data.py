@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth.config import Config
-from dreambooth.data import Batch, Draw, DreamBoothData, ImageSet, StepSampler, class_batch_size, describe_batch
+from dreambooth.config import Config, Subject
+from dreambooth.data import (
+    Batch,
+    Draw,
+    DreamBoothData,
+    ImageSet,
+    StepSampler,
+    class_batch_size,
+    class_set,
+    describe_batch,
+    describe_photos,
+    subject_set,
+)
+from dreambooth.subject_photos import SubjectPhotos
 
 MakeConfig = Callable[..., Config]
 SIDE = 64
@@ -236,3 +249,100 @@ def test_describe_batch_counts_images_and_how_often_each_is_seen(make_config: Ma
 def test_describe_batch_counts_accumulated_batches(make_config: MakeConfig) -> None:
     config = make_config({"data.batch_size": 2, "prior.name": "none", "trainer.max_steps": 100, "trainer.accumulate_grad_batches": 4})
     assert describe_batch(config, 5, 0) == "each step: 8 subject images (each of 5 photos is seen 160 times in 100 steps), no prior preservation"
+
+
+# buckets, masks, several subjects
+
+
+def shapes(*sizes: tuple[int, int]) -> ImageSet:
+    """A flat picture of each (width, height), captioned with its number and told by its level."""
+    images = [Image.new("RGB", size, (10 * k + 10,) * 3) for k, size in enumerate(sizes)]
+    return ImageSet(images, [f"level {10 * k + 10}" for k in range(len(sizes))])
+
+
+MIXED = shapes((64, 64), (90, 70), (70, 90), (72, 92), (200, 100))
+
+
+@pytest.fixture
+def bucketed(make_config: MakeConfig) -> Config:
+    return make_config({"data.batch_size": 2, "prior.batch_size": 1, "trainer.max_steps": 50, "data.buckets": True, "seed": 2})
+
+
+def test_buckets_give_every_batch_one_shape_and_every_photo_its_own(bucketed: Config) -> None:
+    wanted = {"level 10": (64, 64), "level 20": (56, 72), "level 30": (72, 56), "level 40": (72, 56), "level 50": (48, 88)}  # (H, W)
+    for batch in batches(bucketed, (MIXED, sets()[1])):
+        for prompt, is_prior, image in zip(batch.prompts, batch.is_prior, batch.pixel_values, strict=True):
+            assert is_prior or tuple(image.shape[-2:]) == wanted[prompt]
+            assert prompt == f"level {level(image)}"
+
+
+def test_buckets_show_every_photo_equally_often(bucketed: Config) -> None:
+    seen = Counter(prompt for batch in batches(bucketed, (MIXED, sets()[1])) for prompt in batch.prompts[:2])
+    assert seen == {f"level {k}": 20 for k in (10, 20, 30, 40, 50)}  # 50 batches of 2 over 5 photos
+
+
+def test_buckets_of_a_resumed_run_are_those_of_a_straight_one(bucketed: Config) -> None:
+    whole, tail = batches(bucketed, (MIXED, sets()[1])), batches(bucketed, (MIXED, sets()[1]), 17)
+    assert len(tail) == 33 and all(same(a, b) for a, b in zip(whole[17:], tail, strict=True))
+
+
+def test_buckets_with_square_photos_are_the_plain_stream(make_config: MakeConfig) -> None:
+    common = {"data.batch_size": 2, "trainer.max_steps": 12, "data.flip": True}
+    rng = np.random.default_rng(1)
+    square = ImageSet([Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(5)], list("abcde"))
+    plain, kept = (batches(make_config(common | {"data.buckets": on}), (square, sets()[1])) for on in (False, True))
+    assert all(same(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_masks_are_cropped_and_flipped_as_their_photos(make_config: MakeConfig) -> None:
+    """Each photo is its own mask, so what the batch holds of both must be the same picture."""
+    config = make_config({"data.batch_size": 4, "prior.batch_size": 2, "trainer.max_steps": 30, "data.crop": "random", "data.flip": True})
+    rng = np.random.default_rng(0)
+    greys = [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE + 40), dtype=np.uint8)) for _ in range(4)]
+    subject = ImageSet([grey.convert("RGB") for grey in greys], list("abcd"), greys)
+    for batch in batches(config, (subject, sets()[1])):
+        own = ~batch.is_prior
+        torch.testing.assert_close(batch.mask[own], (batch.pixel_values[own, :1] + 1) / 2, atol=1e-6, rtol=0)
+        assert (batch.mask[batch.is_prior] == 1).all() and batch.mask.shape == (6, 1, SIDE, SIDE)
+
+
+def test_batch_without_masks_has_none(config: Config) -> None:
+    assert batches(config, sets(), count=1)[0].mask is None
+
+
+def test_batch_contents_tell_images_apart_and_know_them_again(augmented: Config) -> None:
+    by_content: dict[str, set[bytes]] = {}
+    for batch in batches(augmented, noisy_sets()):
+        for content, image in zip(batch.contents, batch.pixel_values, strict=True):
+            by_content.setdefault(content, set()).add(image.numpy().tobytes())
+    assert all(len(seen) == 1 for seen in by_content.values())
+    assert len(by_content) == len({image for seen in by_content.values() for image in seen})
+
+
+def photos_of(word: str, count: int, repeats: int, noun: str = "dog") -> SubjectPhotos:
+    images, texts = [flat(k) for k in range(count)], [f"{word} {k}" for k in range(count)]
+    subject = Subject(identifier=word, class_noun=noun)
+    return SubjectPhotos(images, texts, "", [], "", captions=texts, masks=[None] * count, subject=subject, repeats=repeats)
+
+
+def test_several_subjects_are_seen_in_proportion_to_photos_and_repeats(make_config: MakeConfig) -> None:
+    everyone = replace(photos_of("sks", 4, 1), extras=[photos_of("ohwx", 2, 3)])
+    assert everyone.weighted_count == 10
+    config = make_config({"data.batch_size": 2, "prior.name": "none", "trainer.max_steps": 50})
+    seen = Counter(prompt for batch in batches(config, (subject_set(everyone, False), None)) for prompt in batch.prompts)
+    assert seen == {**{f"sks {k}": 10 for k in range(4)}, **{f"ohwx {k}": 30 for k in range(2)}}
+
+
+def test_class_samples_from_photos_name_the_class_of_each(make_config: MakeConfig) -> None:
+    config = make_config({"prior.name": "self_distilled", "prior.prompts": ["a {subject}", "one {subject}"]})
+    subjects = [Subject("sks", "dog"), Subject("ohwx", "cat")]
+    found = class_set(config, [flat(1), flat(2)], None, subjects)
+    levels = [image.getpixel((0, 0))[0] for image in found.images]
+    assert list(zip(levels, found.captions, strict=True)) == [(1, "a dog"), (2, "a cat"), (1, "one dog"), (2, "one cat")]
+
+
+def test_describe_photos_is_silent_in_the_plain_case(make_config: MakeConfig) -> None:
+    plain = replace(photos_of("sks", 2, 1), captions=["a", "a"])
+    assert describe_photos(make_config(), plain) == []
+    told = describe_photos(make_config({"data.buckets": True}), replace(plain, extras=[replace(plain, repeats=3)]))
+    assert told == ["subjects: sks dog (2 photos x 1), sks dog (2 photos x 3)", "buckets: 8 of 72 x 56 px"]

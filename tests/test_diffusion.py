@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
+from scipy.special import pseudo_huber
 from torch import Tensor
 
 from dreambooth.diffusion import (
@@ -14,9 +15,14 @@ from dreambooth.diffusion import (
     Loss,
     add_noise,
     capped_velocity_weight,
+    error_scale,
+    huber_delta,
+    mask_weight,
     min_snr_weight,
+    per_sample_error,
     prediction_target,
     prior_preservation_loss,
+    rescale_zero_terminal_snr,
     scaled_linear_alphas_cumprod,
     signal_to_noise,
     velocity,
@@ -45,6 +51,26 @@ def test_scaled_linear_alphas_cumprod_is_diffusers_schedule() -> None:
 
 def test_scaled_linear_alphas_cumprod_of_two_steps_is_worked_out_by_hand() -> None:
     torch.testing.assert_close(scaled_linear_alphas_cumprod(2, 0.25, 0.5), torch.tensor([0.75, 0.375]))  # 1 - 1/4, and that times 1 - 1/2
+
+
+def test_rescale_zero_terminal_snr_is_diffusers_schedule() -> None:
+    theirs = DDPMScheduler.from_config(SCHEDULER.config, rescale_betas_zero_snr=True).alphas_cumprod
+    torch.testing.assert_close(rescale_zero_terminal_snr(ACP), theirs, atol=1e-6, rtol=0)
+
+
+def test_rescale_zero_terminal_snr_is_worked_out_by_hand() -> None:
+    """Amplitudes 0.9, 0.7, 0.5 less 0.5 are 0.4, 0.2, 0; times 0.9 / 0.4 they are 0.9, 0.45, 0."""
+    torch.testing.assert_close(rescale_zero_terminal_snr(torch.tensor([0.81, 0.49, 0.25])), torch.tensor([0.81, 0.2025, 0.0]))
+
+
+def test_rescale_zero_terminal_snr_ends_in_nothing_but_noise() -> None:
+    rescaled = rescale_zero_terminal_snr(ACP)
+    assert rescaled[-1] == 0.0 and rescaled[0] == pytest.approx(float(ACP[0]), rel=1e-6) and bool((rescaled.diff() < 0).all())
+
+
+def test_rescale_zero_terminal_snr_twice_is_once() -> None:
+    once = rescale_zero_terminal_snr(ACP)
+    torch.testing.assert_close(rescale_zero_terminal_snr(once), once)
 
 
 def test_add_noise_is_diffusers_add_noise() -> None:
@@ -130,10 +156,72 @@ def test_capped_velocity_weight_without_a_cap_gives_the_velocity_loss(kind: str)
     torch.testing.assert_close(weighted, v_loss, atol=0, rtol=1e-3)
 
 
+@pytest.mark.parametrize("measured", PREDICTION_TYPES)
+@pytest.mark.parametrize("predicted", PREDICTION_TYPES)
+def test_error_scale_is_how_far_diffusers_conversion_moves_the_measured_quantity(predicted: str, measured: str) -> None:
+    """A wrong prediction is turned by diffusers' DDIM step into clean latents and noise, and those into the measured quantity."""
+    scheduler = DDIMScheduler.from_config(SCHEDULER.config, prediction_type=predicted, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    for t in (50, 400, 900):
+        at = torch.tensor([t])
+        noisy = SCHEDULER.add_noise(X0[:1], NOISE[:1], at)
+        wrong = prediction_target(predicted, X0[:1], NOISE[:1], at, ACP) + 0.5
+        x0 = scheduler.step(wrong, t, noisy).pred_original_sample
+        noise = (noisy - ACP[t].sqrt() * x0) / (1 - ACP[t]).sqrt()
+        found = {"sample": x0, "epsilon": noise, "v_prediction": SCHEDULER.get_velocity(x0, noise, at)}[measured]
+        error = (found - prediction_target(measured, X0[:1], NOISE[:1], at, ACP)).abs()
+        torch.testing.assert_close(error, torch.full_like(error, 0.5 * float(error_scale(at, ACP, predicted, measured))), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("sample", [5.0, 2.0, 1 / 0.9]), ("epsilon", [1 / 0.9, 2.0, 5.0]), ("v_prediction", [1.0, 1.0, 1.0])])
 def test_capped_velocity_weight_is_worked_out_by_hand(kind: str, expected: list[float]) -> None:
     weight = capped_velocity_weight(torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.5, 0.1]), 5.0, kind)  # 1/0.1 is 10, capped at 5
     torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+def test_per_sample_error_is_the_mean_square_of_each_sample() -> None:
+    pred, target, _ = errors(80, 3)
+    torch.testing.assert_close(per_sample_error(pred, target), torch.stack([F.mse_loss(a, b) for a, b in zip(pred, target, strict=True)]))
+
+
+def test_per_sample_error_with_delta_is_twice_scipys_pseudo_huber() -> None:
+    """Twice, so that a small error costs its square, as without delta."""
+    pred, target, delta = errors(81, 3)
+    expected = [2 * pseudo_huber(float(d), (a - b).double().numpy()).mean() for a, b, d in zip(pred, target, delta, strict=True)]
+    torch.testing.assert_close(per_sample_error(pred, target, delta), torch.tensor(expected).float(), atol=1e-6, rtol=1e-5)
+
+
+def test_per_sample_error_with_delta_is_the_square_of_small_and_the_size_of_large_errors() -> None:
+    small = per_sample_error(torch.tensor([[1e-3]]), torch.zeros(1, 1), torch.tensor([1.0]))
+    large = per_sample_error(torch.tensor([[1000.0]]), torch.zeros(1, 1), torch.tensor([0.1]))
+    assert small.item() == pytest.approx(1e-6, rel=1e-5) and large.item() == pytest.approx(2 * 0.1 * 1000, rel=1e-3)
+
+
+def test_per_sample_error_with_delta_has_a_gradient_where_nothing_is_wrong() -> None:
+    pred = torch.zeros(1, 4, requires_grad=True)
+    per_sample_error(pred, torch.zeros(1, 4), torch.tensor([0.1])).sum().backward()
+    assert torch.equal(pred.grad, torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.25, 0.25]),
+        ("exponential", [1.0, 0.25 ** (1 / 4), 0.25 ** (2 / 4)]),  # T is 4: delta^(0/4), delta^(1/4), delta^(2/4)
+        ("snr", [0.75 / (1 + 1 / 3) ** 2 + 0.25, 0.75 / 4 + 0.25, 0.75 / 16 + 0.25]),  # sigma = 1 / sqrt(SNR): 1/3, 1, 3
+    ],
+)
+def test_huber_delta_is_worked_out_by_hand(schedule: str, expected: list[float]) -> None:
+    delta = huber_delta(torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.5, 0.1, 0.05]), 0.25, schedule)
+    torch.testing.assert_close(delta, torch.tensor(expected))
+
+
+def test_prior_preservation_loss_with_delta_weighs_the_pseudo_huber_error() -> None:
+    pred, target, weight = errors(90, 4)
+    is_prior, delta = torch.tensor([True, False, False, True]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    loss = prior_preservation_loss(pred, target, is_prior, 0.5, weight, delta)
+    each = [float(weight[i]) * 2 * pseudo_huber(float(delta[i]), (pred[i] - target[i]).double().numpy()).mean() for i in range(4)]
+    assert loss.total.item() == pytest.approx((each[1] + each[2]) / 2 + 0.5 * (each[0] + each[3]) / 2, rel=1e-5)
 
 
 def test_prior_preservation_loss_is_the_papers_two_halves() -> None:
@@ -195,16 +283,6 @@ def test_prior_preservation_loss_without_subject_images_has_no_subject_term() ->
     torch.testing.assert_close(loss.total, 0.5 * F.mse_loss(pred, target), atol=1e-6, rtol=1e-6)
 
 
-def test_prior_preservation_loss_keeps_each_weight_with_its_sample_peer_defect_min_snr_x_prior() -> None:
-    """Diffusers' train_dreambooth weighs B subject losses with the timesteps of all 2B samples, and with B = 1 silently averages them.
-
-    One subject image with weight 1 and one class image with weight 0.2, error 1 each: that script's subject term is 0.6, the right one 1.
-    """
-    loss = prior_preservation_loss(torch.ones(2, 4), torch.zeros(2, 4), torch.tensor([False, True]), 1.0, torch.tensor([1.0, 0.2]))
-    assert loss.subject.item() == 1.0
-    assert loss.prior.item() == pytest.approx(0.2)
-
-
 def test_prior_preservation_loss_weighs_class_images_by_their_own_timesteps() -> None:
     pred, target, weight = errors(70, 4)
     is_prior = torch.tensor([True, False, False, True])
@@ -227,3 +305,35 @@ def test_loss_as_logs_gives_detached_values_under_dashboard_keys() -> None:
     logs = loss.as_logs("train/")
     assert {key: float(value) for key, value in logs.items()} == {"train/loss": 3.0, "train/subject_loss": 1.0, "train/prior_loss": 2.0}
     assert not any(value.requires_grad for value in logs.values())
+
+
+def test_mask_weight_by_hand() -> None:
+    """One of four cells is half inside: shares 0.5, 0, 0, 0 and a background of 0.2 give 0.6, 0.2, 0.2, 0.2, whose mean is 0.3."""
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[0, 0, 0, :2] = 1.0
+    expected = torch.tensor([[[[2.0, 2 / 3], [2 / 3, 2 / 3]]]])
+    torch.testing.assert_close(mask_weight(mask, (2, 2), 0.2), expected)
+
+
+@pytest.mark.parametrize("background", [0.0, 0.1, 1.0])
+def test_mask_weight_has_mean_one_whatever_the_subject_covers(background: float) -> None:
+    masks = torch.zeros(3, 1, 32, 32)
+    for k, side in enumerate((3, 16, 32)):
+        masks[k, :, :side, :side] = 1.0
+    torch.testing.assert_close(mask_weight(masks, (4, 4), background).mean((1, 2, 3)), torch.ones(3))
+
+
+def test_mask_weight_without_background_ignores_a_sample_that_shows_none_of_the_subject() -> None:
+    assert mask_weight(torch.zeros(1, 1, 8, 8), (2, 2), 0.0).tolist() == [[[[0.0, 0.0], [0.0, 0.0]]]]
+
+
+@pytest.mark.parametrize("huber", [False, True])
+def test_prior_preservation_loss_with_cell_weights_is_the_weighted_mean_of_each_sample(huber: bool) -> None:
+    pred, target, weight = errors(80, 4)
+    is_prior, delta = torch.tensor([False, True, False, True]), torch.full((4,), 0.3)
+    cells = torch.rand(4, 1, *pred.shape[-2:], generator=torch.Generator().manual_seed(1))
+    error = 2 * 0.3 * (((pred - target) ** 2 + 0.09).sqrt() - 0.3) if huber else (pred - target) ** 2
+    by_hand = [float(weight[i] * (error[i] * cells[i]).mean()) for i in range(4)]
+    loss = prior_preservation_loss(pred, target, is_prior, 0.5, weight, delta if huber else None, cells)
+    assert float(loss.subject) == pytest.approx((by_hand[0] + by_hand[2]) / 2, rel=1e-5)
+    assert float(loss.prior) == pytest.approx((by_hand[1] + by_hand[3]) / 2, rel=1e-5)

@@ -159,6 +159,58 @@ def test_identity_of_dinov2_is_its_class_token(folders: tuple[Path, Path], image
     assert torch.allclose(features, nn.functional.normalize(expected, dim=1), atol=1e-5)
 
 
+def test_dinov2_is_seen_at_224_though_its_positions_are_for_more(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    sizes: dict[str, Any] = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 252, "patch_size": 14}
+    model = Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    image = picture(256, 300)
+    by_hand = (image[16:240, 38:262] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]  # the short side is 256 as it is
+    with torch.no_grad():
+        tokens = model(torch.from_numpy(by_hand).permute(2, 0, 1)[None].float()).last_hidden_state[0]
+    loaded = ClipDino(clip_path=str(folders[0]), dino_path=str(tmp_path / "dinov2")).load()
+    patches = loaded.patches([image])
+    assert torch.allclose(loaded.identity([image])[0], nn.functional.normalize(tokens[0], dim=0), atol=1e-5)
+    assert patches.grid == (16, 16) and torch.allclose(patches.tokens[0], tokens[1:], atol=1e-5)
+    assert (
+        "dinov2 patch 14, class token after the final norm, 12-d, patches = its other tokens, 16 x 16, resize 256 bicubic, crop 224" in loaded.version
+    )
+
+
+def test_patches_are_the_other_tokens_after_the_final_layer_norm(loaded: LoadedEncoders, folders: tuple[Path, Path], images: Tensor) -> None:
+    model = ViTModel.from_pretrained(folders[1], add_pooling_layer=False).eval()
+    with torch.no_grad():
+        tokens = model(torch.stack([dino_preprocessing(DINO_SIZE)(image.numpy()) for image in images])).last_hidden_state
+    patches = loaded.patches(images, batch_size=2)
+    assert patches.grid == (2, 2) and torch.allclose(patches.tokens, tokens[:, 1:], atol=1e-5)
+
+
+def test_identity_with_patches_gives_both_from_one_pass(loaded: LoadedEncoders, images: Tensor) -> None:
+    identity, means = loaded.identity_with_patches(images, lambda tokens: tokens.mean(dim=1), batch_size=3)
+    assert torch.allclose(identity, loaded.identity(images), atol=1e-6)
+    assert torch.allclose(means, loaded.patches(images).tokens.mean(dim=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 48), (64, 32), (28, 28), (90, 131)])
+def test_patch_shares_come_from_the_same_crop_as_the_image(loaded: LoadedEncoders, height: int, width: int) -> None:
+    mask = (picture(height, width)[..., 0] > 128).astype(np.float32)
+    as_image = dino_preprocessing(DINO_SIZE)((mask * 255).astype(np.uint8)[..., None].repeat(3, 2))[0] * 0.229 + 0.485  # (28, 28) in [0, 1]
+    by_hand = as_image.reshape(2, 14, 2, 14).mean(dim=(1, 3)).flatten()
+    assert torch.allclose(loaded.patch_shares([mask])[0], by_hand, atol=0.01)  # an image is rounded to bytes, a mask is not
+
+
+def test_patch_shares_of_a_mask_that_the_crop_cuts_off_are_zero(loaded: LoadedEncoders) -> None:
+    mask = np.zeros((32, 64), np.float32)
+    mask[:, :16] = 1  # the centre crop keeps columns 18 to 46
+    assert loaded.patch_shares([mask]).max() == 0
+
+
+@pytest.mark.parametrize("bad", [np.zeros((8, 8, 1)), np.full((8, 8), 255), np.full((8, 8), np.nan)])
+def test_patch_shares_refuse_what_is_no_mask(loaded: LoadedEncoders, bad: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match=r"masks must be \(height, width\) in \[0, 1\]"):
+        loaded.patch_shares([bad])
+
+
 def test_version_is_the_same_for_a_copy_of_the_folder(loaded: LoadedEncoders, folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert ClipDino(clip_path=str(save_clip(tmp_path / "copy")), dino_path=str(folders[1])).load().version == loaded.version
 
@@ -168,7 +220,7 @@ def test_version_changes_with_the_weights(loaded: LoadedEncoders, folders: tuple
 
 
 def test_version_names_layer_crop_and_hash(loaded: LoadedEncoders) -> None:
-    assert "class token after the final norm, 20-d, resize 32 bicubic, crop 28, ImageNet" in loaded.version
+    assert "class token after the final norm, 20-d, patches = its other tokens, 2 x 2, resize 32 bicubic, crop 28, ImageNet" in loaded.version
     assert "projections, 12-d, resize 32 bicubic, crop 32, CLIP mean and std, sha256 " in loaded.version
 
 
@@ -280,8 +332,11 @@ def test_clip_dino_refuses_weights_with_holes_that_random_numbers_would_fill(fol
 class StandInScorers:
     """Has the interface of the lab's scorers; its features are the means of the channels."""
 
-    def identity(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3))
+    def identity_with_patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.mean(dim=(2, 3)), nn.functional.adaptive_avg_pool2d(x, (1, 2)).permute(0, 2, 3, 1)
+
+    def patch_shares(self, masks: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(masks, (1, 2))
 
     def image(self, x: Tensor) -> Tensor:
         return -x.mean(dim=(2, 3))
@@ -321,10 +376,32 @@ def test_lab_scorers_that_are_shipped_load_and_agree_with_themselves() -> None:
     assert torch.allclose(loaded.text(["a red robot"]), direct.text(["a red robot"]), atol=1e-5)
 
 
+def test_lab_identity_is_pooled_from_its_patches() -> None:
+    loaded, scorers = LabEncoders().load(), LabScorers.load(None)
+    images = torch.from_numpy(np.stack([picture(64, 64, seed) for seed in range(3)]))
+    patches = loaded.patches(images)
+    side = patches.grid[0]
+    maps = patches.tokens.unflatten(1, patches.grid)  # (N, h, w, C)
+    pooled = torch.cat([maps.mean(dim=(1, 2)), maps.amax(dim=(1, 2))], dim=1)
+    expected = nn.functional.normalize(scorers.identity_encoder.head(pooled), dim=1)
+    assert patches.grid == (side, side) and torch.allclose(loaded.identity(images), expected, atol=1e-5)
+
+
+def test_lab_patch_shares_are_where_the_mask_is() -> None:
+    loaded, mask = LabEncoders().load(), np.zeros((64, 64), np.float32)
+    mask[:32, 32:] = 1
+    rows, columns = loaded.patches(np.zeros((1, 64, 64, 3), np.uint8)).grid
+    expected = torch.zeros(rows, columns)
+    expected[: rows // 2, columns // 2 :] = 1
+    assert torch.allclose(loaded.patch_shares([mask])[0].view(rows, columns), expected)
+
+
 def test_lab_version_hashes_the_weights() -> None:
     files = [SCORERS_FOLDER / f"{name}.safetensors" for name in ("identity", "image", "text")]
     expected = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    assert LabEncoders().load().version == f"lab: scorers, sha256 {expected}"
+    assert LabEncoders().load().version == (
+        f"lab: scorers; patches = the identity network's last map; sha256 {expected}; no LPIPS weights: diversity by identity features alone"
+    )
 
 
 def test_lab_without_its_files_says_which_and_what_to_do(tmp_path: Path) -> None:

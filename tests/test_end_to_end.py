@@ -177,11 +177,11 @@ def test_multirun_trains_every_job_skips_what_is_done_and_outlives_a_failure(tin
         "wandb.mode=disabled",
     ]
     first = typed(*words, "optim.learning_rate=1e-4,-1,2e-4", "trainer.max_steps=1")
-    assert first.returncode == 2 and "optim.learning_rate must be 0 or more" in first.stderr
+    assert first.returncode == 1 and "optim.learning_rate must be 0 or more" in first.stderr
     assert len(list((tmp_path / "runs" / "default").iterdir())) == 2
     second = typed(*words, "optim.learning_rate=1e-4,2e-4", "trainer.max_steps=1,2")
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("done before") == 2
+    assert second.stdout.count("done before: ") == 2
     records = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "default").glob("*/run.json")]
     assert sorted((r["config"]["optim"]["learning_rate"], r["steps"]) for r in records) == [(1e-4, 1), (1e-4, 2), (2e-4, 1), (2e-4, 2)]
 

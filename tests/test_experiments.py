@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from small_runs import ROOT, make_photos, run
+from small_runs import ROOT, make_dreambench, make_photos, run
 
 from dreambooth.final_scores import read_photos
 
@@ -18,7 +18,13 @@ def test_experiment_runs_its_first_job(name: str, tiny_folder, tmp_path: Path) -
         cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
     arms = [f"{key}={str(values).split(',')[0]}" for key, values in (cfg.hydra.sweeper.params or {}).items()]
     words = [f"experiment={name}", *arms, "trainer.max_steps=2", "trainer.eval_every=2", f"output_dir={tmp_path}"]
-    if OmegaConf.select(cfg, "base.path") != "lab":
+    if cfg.prior.name == "none":
+        words.append("prior=none")  # said here too, so that `composed` asks for no class images
+    if cfg.data.steps_per_image is not None:
+        words.append("data.steps_per_image=null")  # says the same as trainer.max_steps
+    if OmegaConf.is_missing(cfg.data, "dreambench"):
+        words += [f"base.path={tiny_folder()}", f"data.dreambench={make_dreambench(tmp_path / 'bench', {'backpack': 'backpack'})}"]
+    elif OmegaConf.select(cfg, "base.path") != "lab":
         words += [f"base.path={tiny_folder()}", f"data.subject_dir={make_photos(tmp_path / 'photos')}", "subject.class_noun=dog"]
     done = run(*words)
     assert done.status == "done" and done.record["steps"] == 2

@@ -23,10 +23,12 @@ from dreambooth.lab.pretraining.tokenizer import MAX_TOKENS, build_tokenizer, me
 from dreambooth.lab.pretraining.training import Budget, Training
 from dreambooth.lab.scorers import LabScorers, Layout
 from dreambooth.lab.splits import RARE_TOKENS, TRAINED_CONTEXTS, draw_training_item, vocabulary
+from dreambooth.pixel_metrics import blur
 
 TOY_LAYOUT = Layout(image_side=64, features=16, stem=8, blocks=((8, 2), (16, 2), (16, 2)), text_width=32, text_layers=1, text_heads=2)
 TOY = {
     "vae": {"batch_size": 4, "widths": [8, 8, 16]},
+    "decoder": {"batch_size": 4, "widths": [8, 8, 16]},
     "identity": {"batch_size": 8},
     "captions": {"batch_size": 8},
     "base": {"batch_size": 4, "widths": [32, 32, 32], "text_width": 32, "text_layers": 1},
@@ -74,6 +76,21 @@ def test_pretrain_makes_a_folder_that_a_stock_pipeline_loads(finished: Path) -> 
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline("a photo of a sks robot in the snow", num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
+
+
+def test_decoder_stage_changes_the_pictures_and_keeps_the_latents(finished: Path) -> None:
+    """The base and its latents rest on the encoding half: it stays what it is to the bit, and so does its digest."""
+    from diffusers import AutoencoderKL
+
+    run = toy(finished)
+    before, digest = AutoencoderKL.from_pretrained(finished / "work" / "vae"), run.vae_digest
+    run.run("decoder")
+    after = AutoencoderKL.from_pretrained(finished / "work" / "vae")
+    pictures = run.judged.pixels
+    assert torch.equal(before.encode(pictures).latent_dist.parameters, after.encode(pictures).latent_dist.parameters)
+    latents = before.encode(pictures).latent_dist.mean
+    assert not torch.equal(before.decode(latents).sample, after.decode(latents).sample)
+    assert toy(finished).vae_digest == digest
 
 
 def test_pretrain_makes_a_base_of_the_lab(finished: Path) -> None:
@@ -357,7 +374,7 @@ def test_retrieval_counts_equal_captions_as_right() -> None:
 def test_noise_does_not_pass_for_sharpness() -> None:
     """A blurred picture with noise has the strength of the finest octave back, but not its sparseness."""
     real = held_out(["robot", "car"], TRAINED_CONTEXTS[:4], 4, 3).pixels
-    noisy = measures.blur(real, 1.0) + 0.08 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    noisy = blur(real, 1.0) + 0.08 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     reference = measures.detail(real)
     middle, scale = reference.mean(0), reference.std(0)
     distance = measures.kernel_distance((measures.detail(noisy) - middle) / scale, (reference - middle) / scale)
@@ -388,7 +405,7 @@ def test_full_size_weights_stay_below_the_limit() -> None:
 
 def test_changes_of_the_recipe_are_parsed_and_checked() -> None:
     assert parse_changes(["base.batch_size=256", "vae.widths=[8,8]"]) == {"base": {"batch_size": 256}, "vae": {"widths": [8, 8]}}
-    with pytest.raises(UserError, match="--set must name a setting of vae, identity, captions or base, got 'base.batch=1'"):
+    with pytest.raises(UserError, match="--set must name a setting of vae, decoder, identity, captions or base, got 'base.batch=1'"):
         parse_changes(["base.batch=1"])
 
 

@@ -9,7 +9,7 @@ from scipy.spatial.distance import cdist, pdist
 from torch import Tensor
 
 from dreambooth import metrics
-from dreambooth.metrics import Diversity, Drift, IdentityFidelity, PromptAlignment
+from dreambooth.metric_table import METRICS
 
 E1, E2, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 ROOT_HALF = 0.5**0.5
@@ -133,9 +133,79 @@ def test_real_photo_oracle_of_one_photo_is_nan() -> None:
     assert metrics.real_photo_oracle(features(1)).isnan()
 
 
-def test_memorisation_is_the_cosine_to_the_nearest_photo() -> None:
-    scores = metrics.memorisation(torch.tensor([E1, [1.0, -1.0], [2.0, 2.0]]), torch.tensor([E2, DIAGONAL]))
-    assert scores.tolist() == pytest.approx([ROOT_HALF, 0, 1], abs=1e-6)
+def test_nearest_photo_is_the_largest_cosine_and_whose_it_is() -> None:
+    nearest = metrics.nearest_photo(torch.tensor([E1, [1.0, -1.0], [2.0, 2.0], [0.1, 1.0]]), torch.tensor([E2, DIAGONAL]))
+    assert nearest.cosine.tolist() == pytest.approx([ROOT_HALF, 0, 1, 1 / 1.01**0.5], abs=1e-6)
+    assert nearest.index.tolist() == [1, 1, 1, 0]
+
+
+def test_nearest_of_real_photos_leaves_each_photo_out_in_turn() -> None:
+    # nearest other photo: of e1 the diagonal (0.71), of e2 the diagonal (0.71), of the diagonal either (0.71); of -e1: e2 (0)
+    photos = torch.tensor([E1, E2, DIAGONAL, [-1.0, 0.0]])
+    assert metrics.nearest_of_real_photos(photos).item() == pytest.approx(3 * ROOT_HALF / 4)
+
+
+def test_nearest_of_real_photos_uses_held_out_ones_when_there_are_some() -> None:
+    assert metrics.nearest_of_real_photos(torch.tensor([E1, E2]), torch.tensor([E1, DIAGONAL])).item() == pytest.approx((1 + ROOT_HALF) / 2)
+
+
+def test_memorisation_of_a_hand_worked_case() -> None:
+    # the photos are e1 and the diagonal, 0.71 from each other: a copy is 1 - 0.71 above that, e2 exactly on it, -e1 at -0.71 - 0.71
+    scores = metrics.memorisation(torch.tensor([E1, E2, [-1.0, 0.0]]), torch.tensor([E1, DIAGONAL]))
+    assert scores.tolist() == pytest.approx([1 - ROOT_HALF, 0, -2 * ROOT_HALF], abs=1e-6)
+
+
+def test_memorisation_of_held_out_photos_is_zero_on_the_mean() -> None:
+    held_out, subject = features(5), features(4, seed=1)
+    assert metrics.memorisation(held_out, subject, held_out).mean().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_memorisation_of_a_copy_is_above_zero_and_largest() -> None:
+    subject = features(4, seed=1)
+    copies, others = metrics.memorisation(subject, subject), metrics.memorisation(features(9), subject)
+    assert copies.min() > max(0, others.max())
+
+
+def test_memorisation_with_a_single_photo_cannot_be_measured() -> None:
+    assert metrics.memorisation(features(2), features(1, seed=1)).isnan().all()
+
+
+def test_paired_drift_compares_one_to_one() -> None:
+    tuned, base = torch.tensor([E1, E2, E1]), torch.tensor([E1, E1, DIAGONAL])
+    assert metrics.paired_drift(tuned, base).tolist() == pytest.approx([0, 1, 1 - ROOT_HALF])
+
+
+def test_paired_drift_agrees_with_scipy() -> None:
+    tuned, base = features(5), features(5, seed=1)
+    assert metrics.paired_drift(tuned, base).tolist() == pytest.approx(cdist(tuned, base, "cosine").diagonal().tolist(), abs=1e-6)
+
+
+def test_macro_mean_counts_each_group_once() -> None:
+    assert metrics.macro_mean(torch.tensor([1.0, 1, 1, 5]), torch.tensor([7, 7, 7, 2])).item() == pytest.approx(3)  # micro would be 2
+
+
+def test_macro_mean_of_a_broken_value_is_nan_not_hidden() -> None:
+    assert metrics.macro_mean(torch.tensor([1.0, math.nan]), torch.tensor([0, 1])).isnan()
+
+
+def test_per_image_diversity_is_the_mean_distance_to_the_others_of_the_prompt() -> None:
+    distances = torch.tensor([[9.0, 1, 2, 3], [1, 9, 4, 5], [2, 4, 9, 6], [3, 5, 6, 9]])
+    assert metrics.per_image_diversity(distances, torch.tensor([0, 0, 0, 0])).tolist() == pytest.approx([2, 10 / 3, 4, 14 / 3])
+    alone = metrics.per_image_diversity(distances, torch.tensor([0, 0, 0, 1]))
+    assert alone[:3].tolist() == pytest.approx([1.5, 2.5, 3]) and alone[3].isnan()
+
+
+def test_copy_baseline_of_a_hand_worked_case() -> None:
+    identity, image, prompts = torch.tensor([E1, E2]), torch.tensor([E1, DIAGONAL]), torch.tensor([E1, E2, [-1.0, 0.0]])
+    assert metrics.copy_baseline(identity, image, prompts) == pytest.approx(
+        {
+            "identity_fidelity": 0.5,  # each copy: 1 to itself, 0 to the other
+            "image_fidelity": (1 + ROOT_HALF) / 2,
+            "prompt_alignment": (1 + 0 - 1 + ROOT_HALF + ROOT_HALF - ROOT_HALF) / 6,
+            "diversity": 1.0,
+            "memorisation": 1.0,  # cosine 1 to a photo, where real photos have 0
+        }
+    )
 
 
 @pytest.mark.parametrize("score", [metrics.identity_fidelity, metrics.prompt_alignment, metrics.drift])
@@ -145,6 +215,7 @@ def test_scores_of_no_images_are_nan(score) -> None:
 
 def test_memorisation_without_photos_is_nan() -> None:
     assert metrics.memorisation(features(2), torch.empty(0, 8)).isnan().tolist() == [True, True]
+    assert metrics.nearest_photo(features(2), torch.empty(0, 8)).index.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +226,8 @@ def test_memorisation_without_photos_is_nan() -> None:
         (lambda: metrics.prompt_alignment(torch.ones(3, 4), torch.ones(1, 4)), "one row for each image"),
         (lambda: metrics.diversity(torch.ones(3, 4), torch.zeros(2, dtype=torch.long)), "one integer for each image"),
         (lambda: metrics.diversity(torch.ones(3, 4), torch.zeros(3)), "must be integers, got torch.float32"),
+        (lambda: metrics.paired_drift(torch.ones(3, 4), torch.ones(1, 4)), "one row for each tuned image"),
+        (lambda: metrics.per_image_diversity(torch.ones(3, 2), torch.zeros(3, dtype=torch.long)), "of all pairs"),
     ],
 )
 def test_scores_of_wrong_shapes_say_what_is_wrong(call, says: str) -> None:
@@ -162,48 +235,6 @@ def test_scores_of_wrong_shapes_say_what_is_wrong(call, says: str) -> None:
         call()
 
 
-GROUPS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2, 1])
-CASES = [
-    pytest.param(IdentityFidelity, metrics.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1)), id="identity"),
-    pytest.param(PromptAlignment, metrics.prompt_alignment, lambda rows: (features(10)[rows], features(10, seed=2)[rows]), id="alignment"),
-    pytest.param(Drift, metrics.drift, lambda rows: (features(10)[rows], features(4, seed=1)), id="drift"),
-    pytest.param(Diversity, metrics.diversity, lambda rows: (features(10)[rows], GROUPS[rows]), id="diversity"),
-]
-
-
-@pytest.mark.parametrize(("kind", "function", "inputs"), CASES)
-def test_metric_in_uneven_batches_equals_the_function(kind, function, inputs) -> None:
-    metric = kind()
-    for rows in (slice(0, 1), slice(1, 7), slice(7, 7), slice(7, 10)):
-        metric.update(*inputs(rows))
-    assert metric.compute().item() == pytest.approx(function(*inputs(slice(None))).item(), abs=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "function", "inputs"), CASES)
-def test_metric_merged_from_uneven_ranks_equals_the_function(kind, function, inputs) -> None:
-    ranks = [kind(), kind()]
-    ranks[0].update(*inputs(slice(0, 2)))
-    ranks[1].update(*inputs(slice(2, 5)))
-    ranks[1].update(*inputs(slice(5, 10)))
-    ranks[0].merge_state(ranks[1])
-    assert ranks[0].compute().item() == pytest.approx(function(*inputs(slice(None))).item(), abs=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "function", "inputs"), CASES)
-def test_metric_reset_forgets(kind, function, inputs) -> None:
-    metric = kind()
-    metric.update(*inputs(slice(0, 5)))
-    metric.reset()
-    metric.update(*inputs(slice(5, 10)))
-    assert metric.compute().item() == pytest.approx(function(*inputs(slice(5, 10))).item(), abs=1e-6)
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-@pytest.mark.parametrize("kind", [IdentityFidelity, PromptAlignment, Drift, Diversity])
-def test_metric_without_images_is_nan(kind) -> None:
-    assert kind().compute().isnan()
-
-
-def test_table_directions_match_the_metric_classes() -> None:
-    better = {"identity_fidelity": IdentityFidelity, "prompt_alignment": PromptAlignment, "drift": Drift, "diversity": Diversity}
-    assert {row.key: row.direction == "up" for row in metrics.METRICS} == {key: kind.higher_is_better for key, kind in better.items()}
+def test_table_has_one_row_for_each_key() -> None:
+    assert len({row.key for row in METRICS}) == len(METRICS)
+    assert {row.direction for row in METRICS} == {"up", "down"} and {row.kind for row in METRICS} == {"subject", "class", "other"}

@@ -1,14 +1,16 @@
 """Learning rates by part and over the steps; weight decay where it belongs."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dreambooth.adapters import ParamGroup
+from dreambooth.adapters import ParamGroup, let_learn
 from dreambooth.errors import ConfigError
-from dreambooth.optimization import AdamW
+from dreambooth.optimization import AdamW, AdamW8bit, Optimizer, Prodigy
 
 RATES = {"learning_rate": 1e-3, "text_encoder_learning_rate": 2e-3, "token_learning_rate": 4e-3}
 
@@ -103,3 +105,104 @@ def test_factor_stays_between_zero_and_one(schedule: str, warmup: int, max_steps
 def test_optimizer_refuses_a_value_that_cannot_work(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match="^optim"):
         AdamW(**{field: value})
+
+
+def windowed(start: int = 0, stop: int | None = None) -> list[ParamGroup]:
+    return [ParamGroup("unet", [nn.Parameter(torch.ones(3))], start, stop)]
+
+
+def test_group_factors_are_zero_where_a_group_does_not_learn() -> None:
+    (factor,) = AdamW().group_factors(windowed(2, 4), 6)
+    assert [factor(step) for step in range(6)] == [0, 0, 1, 1, 0, 0]
+
+
+def test_group_factors_warm_up_and_fall_from_where_the_group_begins() -> None:
+    (factor,) = AdamW(schedule="cosine", warmup_steps=1).group_factors(windowed(2), 7)
+    assert [factor(step) for step in range(8)] == pytest.approx([0, 0, 1 / 2, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0])
+
+
+def test_group_factors_of_several_groups_are_their_own() -> None:
+    first, second = AdamW().group_factors(windowed(0, 1) + windowed(1), 4)
+    assert ([first(0), first(1)], [second(0), second(1)]) == ([1, 0], [0, 1])
+
+
+@pytest.mark.parametrize(("fused", "expected"), [(None, False), (True, True), (False, False)])
+def test_adamw_fused_on_a_cpu_is_as_asked(fused: bool | None, expected: bool) -> None:
+    assert bool(AdamW(**RATES, fused=fused).build(groups("unet")).param_groups[0]["fused"]) is expected
+
+
+def test_adamw_fused_step_is_the_plain_one() -> None:
+    ends = []
+    for fused in (False, True):
+        part = groups("unet")
+        optimizer = AdamW(**RATES, fused=fused, weight_decay=0.1).build(part)
+        for number in range(3):
+            part[0].parameters[0].grad = torch.tensor([1.0, -2.0, 0.5]) * (number + 1)
+            optimizer.step()
+        ends.append(part[0].parameters[0].detach())
+    torch.testing.assert_close(*ends, atol=1e-7, rtol=1e-6)
+
+
+def test_adamw_fused_is_refused_with_a_loss_scaler() -> None:
+    with pytest.raises(ConfigError, match="optim.fused must not be true with trainer.precision=16-mixed"):
+        AdamW(fused=True).check("cuda", "16-mixed")
+
+
+def test_adamw8bit_is_refused_without_a_gpu_in_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="^optim must not be adamw8bit without a CUDA GPU, got 'cpu'; choose optim=adamw$"):
+        AdamW8bit().check("cpu", "32-true")
+
+
+@pytest.mark.parametrize(("optimizer", "package"), [(AdamW8bit(), "bitsandbytes"), (Prodigy(), "prodigyopt")])
+def test_optimizer_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, optimizer: Optimizer, package: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"needs the package {package}.*run pip install {package}"):
+        optimizer.check("cuda", "32-true")
+
+
+def test_adamw8bit_hands_groups_rates_and_decay_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    fake = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=lambda settings, **options: seen.update(settings=settings, **options)))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    AdamW8bit(**RATES, weight_decay=0.5, betas=[0.8, 0.9]).build(groups("unet", "token"))
+    assert [(one["name"], one["lr"], one["weight_decay"]) for one in seen["settings"]] == [("unet", 1e-3, 0.5), ("token", 4e-3, 0.0)]
+    assert (seen["betas"], seen["eps"]) == ((0.8, 0.9), 1e-8)
+
+
+@pytest.mark.parametrize(("field", "value"), [("d_coef", 0.0), ("betas", [1.0, 0.9]), ("learning_rate", 0.5)])
+def test_prodigy_refuses_a_value_that_cannot_work(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="^optim"):
+        Prodigy(**{field: value})
+
+
+def test_prodigy_lets_a_part_stay_out() -> None:
+    assert Prodigy(text_encoder_learning_rate=0.0).rate("text_encoder") == 0
+
+
+def test_prodigy_finds_a_rate_and_comes_down_a_quadratic() -> None:
+    pytest.importorskip("prodigyopt")
+    part = [ParamGroup("unet", [nn.Parameter(torch.tensor([3.0, -2.0]))])]
+    optimizer = Prodigy(weight_decay=0.0).build(part)
+    for _ in range(300):
+        optimizer.zero_grad()
+        part[0].parameters[0].pow(2).sum().backward()
+        optimizer.step()
+    assert part[0].parameters[0].abs().max() < 0.1 and optimizer.param_groups[0]["d"] > 1e-3
+
+
+@pytest.mark.parametrize("window", [[(0, None), (0, 40)], [(0, 40), (40, None)]], ids=["stops", "in turn"])
+def test_prodigy_steps_groups_that_learn_for_a_while_only(window: list[tuple[int, int | None]]) -> None:
+    """Its groups may differ in their rates only by a 0."""
+    pytest.importorskip("prodigyopt")
+    parts = [ParamGroup("unet", [nn.Parameter(torch.tensor([3.0, -2.0]))], *one) for one in window]
+    optim = Prodigy(weight_decay=0.0, schedule="cosine", warmup_steps=5)
+    optimizer = optim.build(parts)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, optim.group_factors(parts, 400))
+    for step in range(400):
+        let_learn(parts, step)
+        optimizer.zero_grad()
+        sum(p.pow(2).sum() for part in parts for p in part.parameters if p.requires_grad).backward()
+        optimizer.step()
+        schedule.step()
+    ends = [part.parameters[0].detach().abs().max().item() for part in parts]
+    assert min(ends) < 0.1 and all(math.isfinite(end) for end in ends)

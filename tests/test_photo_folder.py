@@ -1,8 +1,10 @@
 import hashlib
 import os
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,3 +286,97 @@ def test_real_photos_of_one_subject_pass_without_a_word() -> None:
     found = read_photo_folder(str(DREAMBENCH / "dog6"), 512)
     assert (len(found.photos), found.skipped, found.warnings) == (5, [], [])
     assert {photo.image.size for photo in found.photos} == {(512, 512)}
+
+
+# captions and masks beside photos
+
+
+def mask_file(path: Path, size: tuple[int, int] = (80, 64), white: int = 20) -> Path:
+    pixels = np.zeros(size[::-1], np.uint8)
+    pixels[:, :white] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["1.mask.png", "1-mask.png"])
+def test_masks_are_no_photos_and_no_strays(folder: Path, name: str) -> None:
+    mask_file(folder / name)
+    found = read(folder)
+    assert names(found) == ["1.png", "2.png", "10.png"] and found.warnings == [] and found.photos[0].mask is None
+
+
+def test_a_photo_that_is_merely_called_mask_stays_a_photo(folder: Path) -> None:
+    write(folder / "my-mask.png", 9)
+    assert "my-mask.png" in names(read(folder))
+
+
+def test_masks_have_the_size_of_the_kept_photo(folder: Path) -> None:
+    write(folder / "1.png", 4, (160, 128))
+    mask_file(folder / "1.mask.png", (320, 256), white=80)
+    photo = read(folder, masks="sidecar").photos[0]
+    assert photo.image.size == photo.mask.size == (80, 64)
+    assert [photo.mask.getpixel((x, 30)) for x in (5, 15, 25, 70)] == [255, 255, 0, 0]
+
+
+def test_photos_without_a_mask_are_named(folder: Path) -> None:
+    mask_file(folder / "1.mask.png")
+    assert read(folder, masks="sidecar").warnings == ["no mask for 2 of 3 photos (2.png, 10.png): all of them counts alike"]
+
+
+def test_masks_that_are_asked_for_must_be_there(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data.masks must find a mask beside a photo .*; set data.masks=null"):
+        read(folder, masks="sidecar")
+
+
+def test_mask_of_another_shape_is_refused(folder: Path) -> None:
+    mask_file(folder / "1.mask.png", (64, 80))
+    with pytest.raises(UserError, match=r"1\.mask\.png must have the shape of its photo, 80 x 64 px upright, got '64 x 80'"):
+        read(folder, masks="sidecar")
+
+
+def test_mask_that_shows_nothing_is_refused(folder: Path) -> None:
+    mask_file(folder / "1.mask.png", white=0)
+    with pytest.raises(UserError, match=r"1\.mask\.png must be white where the subject is"):
+        read(folder, masks="sidecar")
+
+
+def test_transparency_is_a_mask_where_there_is_no_file(folder: Path) -> None:
+    for number in (1, 2):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 80, 4), dtype=np.uint8)
+        pixels[..., 3] = 0
+        pixels[:, 40:, 3] = 255
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    mask_file(folder / "1.mask.png")
+    found = {photo.name: photo.mask for photo in read(folder, masks="alpha").photos}
+    assert [found["1.png"].getpixel((x, 9)) for x in (5, 70)] == [255, 0]
+    assert [found["2.png"].getpixel((x, 9)) for x in (5, 70)] == [0, 255]
+    assert found["10.png"] is None
+
+
+def test_automatic_masks_need_their_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rembg", None)
+    with pytest.raises(ConfigError, match=r"data.masks must not be auto without the package rembg, got 'auto'; pip install rembg"):
+        read(folder, masks="auto")
+
+
+def test_automatic_masks_are_made_for_photos_without_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the library, which finds the left half."""
+    asked = []
+
+    def remove(image: Image.Image, session: str, only_mask: bool) -> Image.Image:
+        asked.append((image.size, session, only_mask))
+        return Image.fromarray(np.repeat([[255] * 40 + [0] * 40], 64, 0).astype(np.uint8))
+
+    monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(remove=remove, new_session=lambda: "one session"))
+    mask_file(folder / "1.mask.png")
+    found = {photo.name: photo.mask for photo in read(folder, masks="auto").photos}
+    assert asked == [((80, 64), "one session", True)] * 2
+    assert [found["2.png"].getpixel((x, 9)) for x in (30, 50)] == [255, 0] and found["1.png"].getpixel((30, 9)) == 0
+
+
+def test_photos_carry_their_captions_as_templates(folder: Path) -> None:
+    (folder / "1.txt").write_text("a {subject} in the snow")
+    (folder / "2.txt").write_bytes(b"\xff\xfe")
+    found = read(folder)
+    assert [photo.caption for photo in found.photos] == ["a {subject} in the snow", None, None]
+    assert found.warnings == ["2.txt must be UTF-8 text; save the caption again as UTF-8: that caption is not used"]

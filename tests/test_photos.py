@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFilter
 
-from dreambooth import photos
+from dreambooth import photo_checks, photos
 from dreambooth.errors import UserError
+from dreambooth.smart_crop import busiest_corner, edge_energy
 
 DREAMBENCH = Path(__file__).parents[1] / ".." / "shared" / "dreambench"
 real_photos = pytest.mark.skipif(not DREAMBENCH.is_dir(), reason="needs ../shared/dreambench")
@@ -248,29 +249,29 @@ def test_image_format_is_none_for_other_files(head: bytes) -> None:
     ],
 )
 def test_check_judges_the_size(size: tuple[int, int], level: str, words: str) -> None:
-    verdict = photos.check(Image.fromarray(noise(*size)), 64)
+    verdict = photo_checks.check(Image.fromarray(noise(*size)), 64)
     assert (verdict.level, verdict.accepted) == (level, level != "refused")
     assert words in "; ".join(verdict.reasons)
 
 
 def test_check_refuses_one_flat_colour() -> None:
-    assert photos.check(Image.new("RGB", (64, 64), "red"), 64) == ("refused", ("shows (nearly) one flat colour",))
+    assert photo_checks.check(Image.new("RGB", (64, 64), "red"), 64) == ("refused", ("shows (nearly) one flat colour",))
 
 
 def test_check_refuses_the_noise_of_a_covered_lens() -> None:
     dark = np.random.default_rng(0).normal(8, 3, (512, 512, 3)).clip(0, 255).astype(np.uint8)
-    assert photos.check(Image.fromarray(dark), 512).level == "refused"
+    assert photo_checks.check(Image.fromarray(dark), 512).level == "refused"
 
 
 def test_check_accepts_colours_of_equal_brightness() -> None:
     image = Image.new("RGB", (64, 64), (200, 0, 0))
     image.paste((0, 200, 0), (20, 20, 40, 40))
-    assert photos.check(image, 64).accepted
+    assert photo_checks.check(image, 64).accepted
 
 
 @real_photos
 def test_check_finds_the_black_bars_of_cat2_and_nothing_else_in_real_photos() -> None:
-    levels = {path: photos.check(photo(path), 512).reasons for path in ("dog6/00.jpg", "vase/00.jpg", "cat2/00.jpg", "cat2/03.jpg")}
+    levels = {path: photo_checks.check(photo(path), 512).reasons for path in ("dog6/00.jpg", "vase/00.jpg", "cat2/00.jpg", "cat2/03.jpg")}
     bars = "has black bars over 31% of it, which the model would learn: crop them away"
     assert levels == {"dog6/00.jpg": (), "vase/00.jpg": (), "cat2/00.jpg": (bars,), "cat2/03.jpg": ()}
 
@@ -278,7 +279,7 @@ def test_check_finds_the_black_bars_of_cat2_and_nothing_else_in_real_photos() ->
 @real_photos
 def test_check_warns_of_a_photo_that_is_blurred_everywhere() -> None:
     blurred = photo().resize((512, 512)).filter(ImageFilter.GaussianBlur(4))
-    assert photos.check(blurred, 512) == ("warning", ("looks blurred: no part of it has sharp detail",))
+    assert photo_checks.check(blurred, 512) == ("warning", ("looks blurred: no part of it has sharp detail",))
 
 
 @real_photos
@@ -286,33 +287,33 @@ def test_check_does_not_call_a_photo_blurred_whose_subject_alone_is_sharp() -> N
     sharp = photo().resize((512, 512))
     blurred = sharp.filter(ImageFilter.GaussianBlur(8))
     blurred.paste(sharp.crop((20, 120, 300, 500)), (20, 120))
-    assert photos.check(blurred, 512).level == "ok"
+    assert photo_checks.check(blurred, 512).level == "ok"
 
 
 def test_black_bars_measures_their_share() -> None:
     pixels = np.full((320, 640, 3), 90, np.uint8)
     pixels[:, :160] = pixels[:, 560:] = 3
-    assert photos.black_bars(Image.fromarray(pixels)) == pytest.approx((160 + 80) / 640)
+    assert photo_checks.black_bars(Image.fromarray(pixels)) == pytest.approx((160 + 80) / 640)
 
 
 def test_black_bars_needs_two_opposite_sides() -> None:
     pixels = np.full((320, 640, 3), 90, np.uint8)
     pixels[:, :160] = 0
-    assert photos.black_bars(Image.fromarray(pixels)) == 0.0
+    assert photo_checks.black_bars(Image.fromarray(pixels)) == 0.0
 
 
 def test_perceptual_hash_is_the_sign_of_the_neighbours_difference() -> None:
     ramp = np.tile(np.arange(17, dtype=np.uint8) * 10, (16, 1))
-    assert photos.perceptual_hash(Image.fromarray(ramp)) == 2**256 - 1
-    assert photos.perceptual_hash(Image.fromarray(ramp[:, ::-1].copy())) == 0
+    assert photo_checks.perceptual_hash(Image.fromarray(ramp)) == 2**256 - 1
+    assert photo_checks.perceptual_hash(Image.fromarray(ramp[:, ::-1].copy())) == 0
 
 
 @real_photos
 def test_perceptual_hash_knows_a_recompressed_copy_from_another_photo() -> None:
     first, second = photo("dog6/01.jpg"), photo("dog6/02.jpg")
     copy = Image.open(io.BytesIO(encoded(first.resize((400, 400)), "JPEG", quality=60)))
-    distance = [(photos.perceptual_hash(first) ^ photos.perceptual_hash(other)).bit_count() for other in (copy, second)]
-    assert distance[0] <= photos.NEAR_DUPLICATE_BITS < distance[1]
+    distance = [(photo_checks.perceptual_hash(first) ^ photo_checks.perceptual_hash(other)).bit_count() for other in (copy, second)]
+    assert distance[0] <= photo_checks.NEAR_DUPLICATE_BITS < distance[1]
 
 
 # crops
@@ -429,3 +430,71 @@ def test_to_uint8_refuses_numbers_that_would_come_out_black(bad: float) -> None:
 def test_to_pixel_values_refuses_other_types_and_layouts(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match="must be uint8"):
         photos.to_pixel_values(pixels)
+
+
+# frame, cut and the smart crop
+
+
+def test_crop_box_of_a_rectangle_is_centered() -> None:
+    assert photos.crop_box(100, 80, (64, 48)) == (18, 16, 82, 64)
+
+
+@pytest.mark.parametrize("size", [(72, 56), (56, 72), (128, 32), 64])
+@pytest.mark.parametrize("crop", ["center", "random", "smart"])
+def test_prepare_never_squashes(size: photos.Size, crop: photos.Mode) -> None:
+    """A circle stays a circle, in every shape of picture and of bucket."""
+    grid = np.hypot(*np.meshgrid(np.arange(200) - 100, np.arange(150) - 75))  # (150, 200)
+    disc = Image.fromarray(((grid < 20)[..., None] * np.array([255, 255, 255])).astype(np.uint8))
+    seen = photos.prepare(disc, size, crop, u=(0.5, 0.5))[..., 0] > 128
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    assert seen.shape == photos.sides(size)[::-1]
+    assert abs((rows[-1] - rows[0]) - (columns[-1] - columns[0])) <= 1
+
+
+def test_mask_is_cut_as_its_photo() -> None:
+    """A photo that is its own mask: whatever the scale, the crop and the flip, both show the same."""
+    pixels = np.zeros((90, 160, 3), np.uint8)
+    pixels[20:70, 100:140] = 255
+    image = Image.fromarray(pixels)
+    for crop, flip, u in (("center", False, (0.5, 0.5)), ("random", True, (0.9, 0.1)), ("random", False, (0.6, 0.7)), ("smart", True, (0.5, 0.5))):
+        place = photos.frame(image, (56, 72), crop, u)
+        shown, mask = photos.cut(image, place, flip), photos.cut(image.convert("L"), place, flip)
+        assert shown.shape == (72, 56, 3) and mask.shape == (72, 56)
+        assert ((shown[..., 0] > 128) != (mask > 128)).mean() < 0.03 and 0 < (mask > 128).mean() < 1
+
+
+def test_smart_crop_goes_where_the_detail_is() -> None:
+    pixels = np.full((64, 200, 3), 120, np.uint8)
+    pixels[10:50, 140:170] = noise(30, 40)
+    place = photos.frame(Image.fromarray(pixels), 64, "smart")
+    assert place.box[0] <= 140 and place.box[2] >= 170
+
+
+def test_smart_crop_of_a_picture_without_detail_is_its_center() -> None:
+    image = Image.new("RGB", (200, 64), "grey")
+    assert photos.frame(image, 64, "smart") == photos.frame(image, 64, "center")
+
+
+def test_smart_crop_agrees_with_the_sum_over_every_window() -> None:
+    grey = np.random.default_rng(3).integers(0, 256, (20, 31), dtype=np.uint8)
+    grey[:, :9] //= 8
+    energy = edge_energy(grey)
+    sums = {(left, top): energy[top : top + 12, left : left + 14].sum() for left in range(18) for top in range(9)}
+    assert sums[busiest_corner(grey, 14, 12)] >= 0.98 * max(sums.values())
+
+
+def test_edge_energy_by_hand() -> None:
+    assert edge_energy(np.array([[0, 3], [10, 1]], np.uint8)).tolist() == [[13, 2], [9, 0]]
+
+
+def test_check_lets_a_long_photo_pass_where_buckets_keep_its_shape() -> None:
+    long = Image.fromarray(noise(160, 64))
+    assert photo_checks.check(long, 64).level == "warning" and photo_checks.check(long, 64, square=False).level == "ok"
+
+
+def test_decode_with_alpha_gives_the_transparency_that_shows() -> None:
+    alpha = np.zeros((24, 32), np.uint8)
+    alpha[4:8] = 255
+    image = Image.fromarray(np.dstack([noise(32, 24), alpha]))
+    assert np.array_equal(np.asarray(photos.decode_with_alpha(encoded(image), "dog")[1]), alpha)
+    assert photos.decode_with_alpha(encoded(Image.fromarray(np.dstack([noise(), np.full(noise().shape[:2], 255, np.uint8)]))), "dog")[1] is None

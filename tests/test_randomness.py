@@ -13,7 +13,7 @@ STREAMS = [value for name, value in vars(randomness).items() if name.isupper()]
 
 
 def test_streams_are_all_different() -> None:
-    assert len(set(STREAMS)) == len(STREAMS) == 9
+    assert len(set(STREAMS)) == len(STREAMS) == 14
 
 
 def test_normal_is_the_same_for_the_same_key() -> None:

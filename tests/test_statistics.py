@@ -1,13 +1,22 @@
-"""Intervals against scipy, hand computation and simulated coverage; the rule for the best step against hand-checked runs."""
+"""Intervals and tests against scipy, hand computation and simulated coverage."""
 
 import math
-import random
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm, t
+from scipy.stats import bootstrap, norm, permutation_test, t
 
-from dreambooth.statistics import Interval, StepScores, bootstrap_interval, choose_step, describe, paired_difference
+from dreambooth.statistics import (
+    Interval,
+    PermutationTest,
+    bootstrap_interval,
+    describe,
+    describe_test,
+    hierarchical_interval,
+    holm,
+    paired_difference,
+    sign_flip_test,
+)
 
 NAN = math.nan
 
@@ -132,114 +141,188 @@ def test_describe_of_nothing_says_so() -> None:
     assert describe(bootstrap_interval([NAN])) == "not measured"
 
 
-BASE = StepScores(0, 0.2, 0.30, 0.10, 0.5)
+def _design(subjects: int, seeds: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The subject and the seed of each image of a complete experiment."""
+    return np.repeat(np.arange(subjects), seeds * images), np.tile(np.repeat(np.arange(seeds), images), subjects)
 
 
-def test_choose_step_takes_the_most_faithful_admissible_step() -> None:
-    rows = [BASE, StepScores(100, 0.6, 0.30, 0.12), StepScores(200, 0.7, 0.29, 0.19), StepScores(300, 0.8, 0.28, 0.19)]
-    choice = choose_step(rows)  # step 300: alignment 0.28 < 0.95 x 0.30
-    assert choice.step == 200
-    assert choice.reason == (
-        "step 200 has the highest identity fidelity, 0.700, of the 2 of 3 steps within the limits "
-        "(prompt alignment at least 0.285 and drift at most 0.200)"
-    )
+def test_hierarchical_interval_weighs_subjects_then_seeds_then_images_equally() -> None:
+    values = [1.0, 0.0, 0.0, 0.6, 0.2, 0.3, 0.5]
+    subjects, seeds = ["a", "a", "a", "b", "b", "c", "c"], [0, 1, 1, 0, 1, 0, 0]
+    assert hierarchical_interval(values, subjects, seeds).mean == pytest.approx(((1.0 + 0.0) / 2 + (0.6 + 0.2) / 2 + 0.4) / 3)
 
 
-def test_choose_step_refuses_a_collapsed_class() -> None:
-    assert choose_step([BASE, StepScores(100, 0.6, 0.30, 0.15), StepScores(200, 0.9, 0.30, 0.21)]).step == 100
+def test_hierarchical_interval_counts_subjects_and_not_runs() -> None:
+    subjects, seeds = _design(4, 3, 2)
+    assert hierarchical_interval(np.arange(24.0), subjects, seeds)[3:] == (4, "subject")
 
 
-def test_choose_step_keeps_a_step_exactly_at_its_limits() -> None:
-    base = StepScores(0, 0.2, 0.30, 0.70)  # 0.7 + 0.1 is 0.7999999999999999 in floating point
-    assert choose_step([base, StepScores(100, 0.6, 0.30, 0.75), StepScores(200, 0.9, 0.285, 0.80)]).step == 200
+def test_hierarchical_interval_with_one_seed_is_that_over_subjects() -> None:
+    values = np.random.default_rng(0).normal(size=18)
+    subjects, _ = _design(6, 1, 3)
+    ours, known = hierarchical_interval(values, subjects, np.zeros(18)), bootstrap_interval(values, subjects, unit="subject")
+    assert ours == (pytest.approx(known.mean), pytest.approx(known.low), pytest.approx(known.high), 6, "subject")
 
 
-def test_choose_step_without_admissible_step_takes_the_smallest_violation_and_says_so() -> None:
-    rows = [BASE, StepScores(100, 0.6, 0.25, 0.15), StepScores(200, 0.9, 0.29, 0.22)]
-    choice = choose_step(rows)  # violations 0.035 and 0.02
-    assert choice.step == 200
-    assert choice.reason == (
-        "no step is within the limits (prompt alignment at least 0.285 and drift at most 0.200); "
-        "step 200 breaks them least: drift 0.220 is 0.020 too high"
-    )
+def test_hierarchical_interval_is_as_wide_as_that_of_the_subject_means() -> None:
+    draws, widths = np.random.default_rng(7), []
+    subjects, seeds = _design(12, 3, 1)
+    for seed in range(40):
+        values = draws.normal(0, 1, 12)[subjects] + draws.normal(0, 1, 36)
+        intervals = hierarchical_interval(values, subjects, seeds, seed=seed), bootstrap_interval(values, subjects, seed=seed)
+        widths.append([interval.high - interval.low for interval in intervals])
+    ours, known = np.mean(widths, axis=0)
+    assert ours == pytest.approx(known, rel=0.03)  # drawing seeds without drawing subjects in makes it 8 % wider
 
 
-@pytest.mark.parametrize("alignment", [0.30, 0.20])
-def test_choose_step_gives_ties_to_the_earlier_step(alignment: float) -> None:
-    rows = [StepScores(200, 0.6, alignment, 0.1), BASE, StepScores(100, 0.6, alignment, 0.1)]
-    assert choose_step(rows).step == 100
+def test_hierarchical_interval_keeps_the_spread_of_seeds_where_subjects_agree_by_chance() -> None:
+    values, (subjects, seeds) = np.tile([0.2, 0.5, 0.8], 4), _design(4, 3, 1)
+    interval = hierarchical_interval(values, subjects, seeds)
+    assert bootstrap_interval(values, subjects)[1:3] == pytest.approx((0.5, 0.5)) and interval.low < 0.4 and interval.high > 0.6
 
 
-def test_choose_step_never_takes_the_base_beside_a_tuned_step() -> None:
-    assert choose_step([StepScores(0, 0.9, 0.9, 0.0), StepScores(10, 0.1, 0.1, 0.9)]).step == 10
+def test_hierarchical_interval_covers_where_runs_or_images_taken_as_independent_would_not() -> None:
+    draws = np.random.default_rng(8)
+    subjects, seeds = _design(6, 3, 4)
+    runs, covered = subjects * 3 + seeds, {"subjects and seeds": 0, "runs": 0, "images": 0}
+    for seed in range(300):
+        values = draws.normal(0, 1, 6)[subjects] + draws.normal(0, 0.5, 18)[runs] + draws.normal(0, 0.3, 72)
+        options = {"resamples": 400, "seed": seed}
+        intervals = (
+            hierarchical_interval(values, subjects, seeds, **options),
+            bootstrap_interval(values, runs, **options),
+            bootstrap_interval(values, **options),
+        )
+        for name, interval in zip(covered, intervals, strict=True):
+            covered[name] += interval.low <= 0 <= interval.high
+    assert 0.90 <= covered["subjects and seeds"] / 300 <= 0.98
+    assert covered["runs"] / 300 <= 0.82 and covered["images"] / 300 <= 0.60
 
 
-def test_choose_step_takes_the_base_if_it_is_alone() -> None:
-    assert choose_step([BASE]).step == 0
+def test_hierarchical_interval_covers_where_seeds_are_all_that_varies() -> None:
+    draws = np.random.default_rng(9)
+    subjects, seeds = _design(6, 3, 1)
+    intervals = [hierarchical_interval(draws.normal(size=18), subjects, seeds, resamples=400, seed=seed) for seed in range(400)]
+    assert 0.93 <= np.mean([i.low <= 0 <= i.high for i in intervals]) <= 0.985
 
 
-def test_choose_step_never_takes_nan_beside_a_number() -> None:
-    broken = [StepScores(200, NAN, 0.3, 0.1), StepScores(300, 0.9, NAN, 0.1), StepScores(400, 0.9, 0.3, NAN)]
-    assert choose_step([BASE, StepScores(100, 0.1, 0.1, 0.9), *broken]).step == 100
+def test_hierarchical_interval_takes_unequal_numbers_of_seeds() -> None:
+    values, subjects, seeds = [0.1, 0.3, 0.5, 0.2, 0.9, 0.7], [0, 0, 0, 1, 1, 2], [0, 1, 2, 0, 1, 0]
+    interval = hierarchical_interval(values, subjects, seeds)
+    assert interval.mean == pytest.approx((0.3 + 0.55 + 0.7) / 3) and 0.1 <= interval.low < interval.mean < interval.high <= 0.9
 
 
-def test_choose_step_of_nan_alone_takes_the_last_and_says_so() -> None:
-    choice = choose_step([BASE, StepScores(100, NAN, 0.3, 0.1), StepScores(200, NAN, 0.3, 0.1)])
-    assert choice.step == 200 and choice.reason == "step 200 is the last one, as no step has all the scores that the rule needs"
+def test_hierarchical_interval_of_two_subjects_is_not_faked() -> None:
+    subjects, seeds = _design(2, 10, 5)
+    assert hierarchical_interval(np.arange(100.0), subjects, seeds) == Interval(pytest.approx(49.5), None, None, 2, "subject")
 
 
-def test_choose_step_ignores_diversity() -> None:
-    assert choose_step([BASE, StepScores(100, 0.6, 0.3, 0.1, 0.9), StepScores(200, 0.7, 0.3, 0.1, NAN)]).step == 200
+def test_hierarchical_interval_leaves_out_what_was_not_measured() -> None:
+    whole = hierarchical_interval([0.1, 0.2, 0.6, 0.5], [0, 1, 2, 2], [0, 0, 0, 1])
+    assert hierarchical_interval([0.1, NAN, 0.2, 0.6, 0.5, NAN], [0, 0, 1, 2, 2, 3], [0, 1, 0, 0, 1, 0]) == whole
 
 
-def test_choose_step_with_a_base_without_drift_leaves_drift_out() -> None:
-    choice = choose_step([StepScores(0, 0.2, 0.3), StepScores(100, 0.6, 0.3), StepScores(200, 0.7, 0.3)])
-    assert choice.step == 200 and choice.reason.endswith("within the limits (prompt alignment at least 0.285)")
+def test_hierarchical_interval_of_nothing_is_nan_without_bounds() -> None:
+    interval = hierarchical_interval([], [], [])
+    assert math.isnan(interval.mean) and interval.low is None and interval.n == 0
 
 
-def test_choose_step_without_a_base_takes_the_most_faithful_and_says_so() -> None:
-    choice = choose_step([StepScores(100, 0.8, 0.1, 0.9), StepScores(200, 0.7, 0.3, 0.1)])
-    assert choice.step == 100 and choice.reason.endswith("(none, as the base was not scored)")
+def test_hierarchical_interval_of_wrong_arguments_is_refused() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        hierarchical_interval([1.0], [0], [0, 1])
+    with pytest.raises(ValueError, match="level"):
+        hierarchical_interval([1.0], [0], [0], level=0.0)
 
 
-def test_choose_step_with_negative_base_alignment_does_not_ask_for_more_than_the_base() -> None:
-    assert choose_step([StepScores(0, 0, -0.1, 0), StepScores(1, 0.1, -0.1, 0), StepScores(2, 0.9, -0.104, 0)]).step == 2
+def test_sign_flip_test_of_three_by_hand() -> None:
+    test = sign_flip_test([0.3, 0.2, 0.1])  # of 8 patterns only +++ and --- reach a sum of 0.6
+    assert test == PermutationTest(0.25, 0.25, 3, True, "pair")
 
 
-def test_choose_step_of_no_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one step"):
-        choose_step([])
+def test_sign_flip_test_with_one_contrary_subject_by_hand() -> None:
+    assert sign_flip_test([0.4, 0.3, 0.2, -0.1]).p == pytest.approx(4 / 16)  # sums of 0.8 and 1.0, to either side; the next is 0.6
 
 
-def _random_run(draw: random.Random) -> list[StepScores]:
-    def score(nan_share: float) -> float:  # coarse, so that ties happen
-        return NAN if draw.random() < nan_share else draw.randint(-2, 10) / 10
-
-    nan_share = draw.choice([0.0, 0.0, 0.3, 0.9])
-    return [StepScores(10 * k, score(nan_share), score(nan_share), score(nan_share)) for k in range(draw.randint(2, 9))]
-
-
-def test_choose_step_online_agrees_with_choosing_at_the_end() -> None:
-    draw = random.Random(0)
-    for _ in range(2000):
-        rows = _random_run(draw)
-        best = choose_step(rows).step
-        assert choose_step([row for row in rows if row.step <= best]).step == best
+@pytest.mark.parametrize("n", [4, 9])
+def test_sign_flip_test_agrees_with_scipy(n: int) -> None:
+    values = np.random.default_rng(n).normal(0.4, 1.0, size=n)
+    expected = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided")
+    assert sign_flip_test(values).p == pytest.approx(expected.pvalue)
 
 
-def test_choose_step_lets_a_run_keep_one_set_of_weights_as_it_goes() -> None:
-    draw = random.Random(2)
-    for _ in range(1000):
-        rows = _random_run(draw)
-        kept = -1
-        for end in range(1, len(rows) + 1):
-            if choose_step(rows[:end]).step == rows[end - 1].step:
-                kept = rows[end - 1].step  # overwrites the weights kept before
-        assert choose_step(rows).step == kept
+def test_sign_flip_test_does_not_depend_on_which_arm_is_first() -> None:
+    values = np.random.default_rng(1).normal(0.5, 1.0, size=8)
+    assert sign_flip_test(values).p == sign_flip_test(-values).p
 
 
-def test_choose_step_does_not_depend_on_the_order_of_rows() -> None:
-    draw = random.Random(1)
-    for _ in range(300):
-        rows = _random_run(draw)
-        assert choose_step(draw.sample(rows, len(rows))) == choose_step(rows)
+def test_sign_flip_test_with_drawn_patterns_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).normal(0.3, 1.0, size=12)
+    exact = sign_flip_test(values)
+    monkeypatch.setattr("dreambooth.statistics.EXACT_UP_TO", 0)
+    drawn = sign_flip_test(values)
+    assert exact.exact and not drawn.exact and drawn.p == pytest.approx(exact.p, abs=0.015)  # three standard errors of 9999 draws
+
+
+def test_sign_flip_test_with_drawn_patterns_is_never_zero() -> None:
+    test = sign_flip_test(np.full(40, 0.5), resamples=999)
+    assert test.p == test.smallest_p == 1 / 1000
+
+
+def test_sign_flip_test_flips_images_of_a_subject_together() -> None:
+    subjects = np.repeat(np.arange(3), 20)
+    test = sign_flip_test(np.array([0.3, 0.2, 0.1])[subjects], subjects, unit="subject")
+    assert test == PermutationTest(0.25, 0.25, 3, True, "subject")  # 60 independent images would give p below 0.001
+
+
+def test_sign_flip_test_raises_false_alarms_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(10)
+    values, subjects = draws.normal(size=(1000, 8, 1)) + draws.normal(0, 0.3, size=(1000, 8, 5)), np.repeat(np.arange(8), 5)
+    alarms = np.mean([sign_flip_test(row.reshape(-1), subjects).p <= 0.05 for row in values])
+    assert 0.03 <= alarms <= 0.065  # 12 of 256 patterns: 0.047
+
+
+def test_sign_flip_test_of_no_difference_at_all_is_one() -> None:
+    assert sign_flip_test([0.0] * 6).p == 1.0
+
+
+def test_sign_flip_test_counts_equal_patterns_in_spite_of_rounding() -> None:
+    values = [-9, -9, -9, -7, 9]  # in tenths some of the equal sums differ by 1e-16
+    signs = [[1 - 2 * (pattern >> k & 1) for k in range(5)] for pattern in range(32)]
+    reached = sum(abs(sum(s * v for s, v in zip(row, values, strict=True))) >= 25 for row in signs)
+    assert sign_flip_test([value / 10 for value in values]).p == reached / 32 == 12 / 32
+
+
+def test_sign_flip_test_of_nothing_is_nan() -> None:
+    test = sign_flip_test([NAN])
+    assert math.isnan(test.p) and test.n == 0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 0.04 x 1 is lifted to 0.03 x 2
+
+
+def test_holm_ends_at_one_and_leaves_a_single_p_alone() -> None:
+    assert holm([0.4, 0.6, 0.9]) == pytest.approx([1, 1, 1]) and holm([0.04]) == pytest.approx([0.04])
+
+
+def test_holm_does_not_count_what_was_not_tested() -> None:
+    assert holm([NAN, 0.01, 0.04]) == pytest.approx([NAN, 0.02, 0.04], nan_ok=True)
+
+
+def test_holm_keeps_the_chance_of_any_false_alarm_at_the_level() -> None:
+    p = np.random.default_rng(11).random((4000, 5))
+    assert np.mean([(holm(row) <= 0.05).any() for row in p]) == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [
+        (PermutationTest(0.125, 0.0625, 5, True, "subject"), "p = 0.12 (5 subjects: p cannot be below 0.06)"),
+        (PermutationTest(0.031, 0.03125, 6, True, "subject"), "p = 0.031"),
+        (PermutationTest(0.0001, 0.0001, 30, False, "subject"), "p < 0.001"),
+        (PermutationTest(1.0, 1.0, 1, True, "subject"), "p = 1 (1 subject: p cannot be below 1)"),
+        (PermutationTest(NAN, NAN, 0, True, "subject"), "not tested"),
+    ],
+)
+def test_describe_test_says_what_few_subjects_cannot_show(test: PermutationTest, words: str) -> None:
+    assert describe_test(test) == words

@@ -40,6 +40,7 @@ class BaseModel(nn.Module, ABC):
         resolution: px, the side of the square images that the model was made for.
         latent_channels: C.
         vae_factor: pixels on a side of one latent cell.
+        learned: names of the parameters that an attached method trains; empty for the base itself.
     """
 
     alphas_cumprod: Tensor
@@ -54,6 +55,7 @@ class BaseModel(nn.Module, ABC):
         self.latent_channels: int = vae.config.latent_channels
         self.vae_factor: int = vae_factor(vae.config)
         self.resolution: int = native_resolution(unet.config, vae.config)
+        self.learned: tuple[str, ...] = ()
         alphas_cumprod = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.float()  # (T,)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.requires_grad_(False).eval()
@@ -154,18 +156,7 @@ class BaseModel(nn.Module, ABC):
         Raises:
             UserError: a prompt is longer than the text encoder can read; nothing is ever cut off in silence.
         """
-        from diffusers.loaders import TextualInversionLoaderMixin
-
-        # As the pipeline does: an added token that stands for several vectors is spelled out.
-        texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
-        limit = self.tokenizer.model_max_length
-        with quiet():
-            rows = self.tokenizer(texts, padding="max_length", max_length=limit, truncation=False).input_ids
-        for prompt, ids in zip(prompts, rows, strict=True):
-            if len(ids) > limit:
-                rule = f"must be at most {limit} tokens long with its start and end marks"
-                raise UserError(f"prompt {prompt!r}", rule, len(ids), f"shorten it by {len(ids) - limit} tokens")
-        return torch.tensor(rows)  # (B, L)
+        return tokenized(self.tokenizer, prompts)
 
     def token_id(self, word: str) -> list[int]:
         """Returns the token ids that a word splits into: one for a word of the vocabulary, several for a rare one."""
@@ -207,6 +198,22 @@ class BaseModel(nn.Module, ABC):
     def _latent_scale(self) -> tuple[float, float]:
         """Returns (scale, shift): latents are (autoencoder output - shift) * scale."""
         return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
+
+
+def tokenized(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """Returns token ids (B, L) int64 on the CPU, each prompt padded to the tokenizer's length; see `BaseModel.tokenize`."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    # As the pipeline does: an added token that stands for several vectors is spelled out.
+    texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+    limit = tokenizer.model_max_length
+    with quiet():
+        rows = tokenizer(texts, padding="max_length", max_length=limit, truncation=False).input_ids
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if len(ids) > limit:
+            rule = f"must be at most {limit} tokens long with its start and end marks"
+            raise UserError(f"prompt {prompt!r}", rule, len(ids), f"shorten it by {len(ids) - limit} tokens")
+    return torch.tensor(rows)  # (B, L)
 
 
 @contextmanager

@@ -115,6 +115,17 @@ class StableDiffusion:
         model.prediction_type = told or model.prediction_type
         return model
 
+    def load_tokenizer(self) -> Any:
+        """Returns the tokenizer alone, just as `load` gives it, in a moment; of a hub id only the small files are downloaded."""
+        with quiet():
+            from transformers import CLIPTokenizer
+
+        folder = self._layout() if self._is_file() else self._folder() or hub.fetch(self.path, self.revision, None, weights=False)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        length = read_json(folder / "text_encoder" / "config.json", "base.path")["max_position_embeddings"]
+        tokenizer.model_max_length = min(tokenizer.model_max_length, length)
+        return tokenizer
+
     def _is_file(self) -> bool:
         """Tells whether `path` is a single file; refuses what is neither that, nor a folder, nor a hub id."""
         path = Path(self.path).expanduser()

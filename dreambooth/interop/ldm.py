@@ -76,12 +76,15 @@ def save_single_file(model: BaseModel, path: str | Path, dtype: torch.dtype = to
         metadata: free text by name, kept in the file's head beside what the model predicts (`modelspec.prediction_type`).
 
     Raises:
-        UserError: another ending, or weights that the dtype cannot hold.
+        UserError: another ending, weights that the dtype cannot hold, or a model whose schedule no such file can carry.
         ValueError: the model has tensors that LDM has no name for.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError("export path", "must end in .safetensors", str(path), "name another file")
+    if model.scheduler.config.get("rescale_betas_zero_snr"):
+        rule = "must be a folder for a model with zero terminal SNR: a single file carries no schedule, and tools would assume the usual one"
+        raise UserError("export path", rule, str(path), "leave out .safetensors to get a diffusers folder")
     tensors = {name: tensor.to("cpu", dtype) for name, tensor in model_to_ldm(model).items()}
     lost = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if lost:

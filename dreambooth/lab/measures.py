@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from dreambooth.pixel_metrics import LUMA, octaves
 
 BANDS = 3  # octaves of detail that sharpness looks at: 1, 2 and 4 pixels
-LUMA = (0.299, 0.587, 0.114)
 
 
 def to_bytes(pictures: Tensor) -> list[np.ndarray]:
@@ -26,17 +26,6 @@ def psnr(decoded: Tensor, pictures: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error.clamp(min=1e-12))
 
 
-def blur(pictures: Tensor, sigma: float) -> Tensor:
-    """Returns pictures (N, C, H, W) under a Gaussian of `sigma` pixels; the edges are mirrored."""
-    radius = max(1, int(3 * sigma + 0.5))
-    steps = torch.arange(-radius, radius + 1, dtype=torch.float32, device=pictures.device)
-    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
-    channels = pictures.shape[1]
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-    across = F.conv2d(F.pad(pictures, (radius, radius, 0, 0), mode="reflect"), kernel, groups=channels)
-    return F.conv2d(F.pad(across, (0, 0, radius, radius), mode="reflect"), kernel.transpose(-1, -2), groups=channels)
-
-
 def detail(pictures: Tensor) -> Tensor:
     """Returns how much detail of each size pictures have, (N, 2 * BANDS): strength and sparseness of each octave of brightness.
 
@@ -49,12 +38,10 @@ def detail(pictures: Tensor) -> Tensor:
     """
     grey = (pictures.float() * torch.tensor(LUMA, device=pictures.device).view(1, 3, 1, 1)).sum(1, keepdim=True)  # (N, 1, H, W)
     features = []
-    for octave in range(BANDS):
-        softer = blur(grey, 0.7 * 2**octave)
-        band = (grey - softer).flatten(1)
+    for octave in octaves(grey, BANDS):
+        band = octave.flatten(1)
         strength = band.pow(2).mean(1).sqrt().clamp(min=1e-5)
         features += [strength.log(), (band.abs().mean(1) / strength).clamp(min=1e-5).log()]
-        grey = softer
     return torch.stack(features, 1)
 
 

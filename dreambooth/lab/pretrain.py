@@ -23,17 +23,19 @@ from dreambooth.lab.pretraining.training import Budget, Place, Training
 from dreambooth.lab.scorers import Layout
 from dreambooth.lab.splits import TRAINED_CLASSES, TRAINED_CONTEXTS, vocabulary
 
-STAGES = ("data", "tokenizer", "vae", "scorers", "base", "card")
-SHARES = {"vae": 0.2, "identity": 0.12, "captions": 0.13, "base": 0.55}  # of a budget for all stages
+STAGES = ("data", "tokenizer", "vae", "decoder", "scorers", "base", "card")
+SHARES = {"vae": 0.15, "decoder": 0.05, "identity": 0.12, "captions": 0.13, "base": 0.55}  # of a budget for all stages
 RENDERS = 200_000  # on a GPU, where the training of the base sees each some thirty times; fewer on a CPU
 RENDERS_CPU = 20_000
 MINUTES, MINUTES_CPU = 20.0, 180.0
 SCORER_LAYOUT = Layout(image_side=64)
+ENCODING = ("encoder.", "quant_conv.")  # names of the autoencoder's weights that decide what the latents are
 
 # Per network: what its result depends on. The UNet has 12.3 M parameters (widths are multiples of 32); all networks together 37 MB in float16.
 # These are for a GPU; a CPU takes ON_CPU's in their place: narrower networks and smaller batches, so that it gets through enough steps.
 RECIPES: dict[str, dict[str, Any]] = {
     "vae": {"batch_size": 128, "crop": 64, "matrix_lr": 0.02, "other_lr": 1e-3, "widths": [32, 64, 128], "channels": 8, "groups": 8},
+    "decoder": {"batch_size": 128, "crop": 64, "matrix_lr": 0.01, "other_lr": 5e-4, "widths": [32, 64, 128], "channels": 8, "groups": 8},
     "identity": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
     "captions": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
     "base": {
@@ -50,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ON_CPU: dict[str, dict[str, Any]] = {
     "vae": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
+    "decoder": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
     "identity": {"batch_size": 96},
     "captions": {"batch_size": 64},
     "base": {"batch_size": 32, "widths": [32, 128, 192]},
@@ -150,11 +153,18 @@ class Pretraining:
 
     @cached_property
     def vae_digest(self) -> str:
-        """The first digits of the hash of the autoencoder's weights: latents and states of another one are of no use."""
+        """The first digits of the hash of the autoencoder's encoding half: latents and states of another one are of no use."""
+        from safetensors import safe_open
+
         file = self.work / "vae" / "diffusion_pytorch_model.safetensors"
         if not file.is_file():
             raise UserError(str(file.parent), "must hold the autoencoder", next_step="run the stage vae to its end first")
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        digest = hashlib.sha256()
+        with safe_open(file, "pt") as opened:
+            for name in sorted(opened.keys()):
+                if name.startswith(ENCODING):
+                    digest.update(opened.get_tensor(name).numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def run(self, stage: str) -> None:
         """Does one stage, or all of them in order."""
@@ -184,10 +194,23 @@ class Pretraining:
         vae = training.run()["vae"]
         if not folder.is_dir():  # one that is there stays as it is, to the byte: what comes after rests on it
             standardize_latents(vae, self.stream)
-            unfinished = self.work / ".vae.tmp"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            vae.save_pretrained(unfinished)
-            unfinished.rename(folder)
+            self._write_vae(vae)
+
+    def stage_decoder(self) -> None:
+        """Trains the decoding half of the autoencoder further; its latents stay as they are."""
+        from dreambooth.lab.pretraining.autoencoder import DecoderJob
+
+        job = DecoderJob(self.recipe("decoder"), self.vae, self.stream, self.judged, self.place)
+        self._write_vae(Training(job, self.budget("decoder"), self.place, self.say).run()["vae"])
+        self.__dict__.pop("vae", None)  # whoever asks for it next gets the new one
+
+    def _write_vae(self, vae: Any) -> None:
+        """Writes the autoencoder in place of the one that is there."""
+        unfinished = self.work / ".vae.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        vae.save_pretrained(unfinished)
+        shutil.rmtree(self.work / "vae", ignore_errors=True)
+        unfinished.rename(self.work / "vae")
 
     def stage_scorers(self) -> None:
         """Trains the identity encoder, then the image and text encoders, and writes them."""
@@ -231,7 +254,7 @@ def parse_changes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         path, _, value = word.partition("=")
         network, _, key = path.partition(".")
         if key not in RECIPES.get(network, {}):
-            raise UserError("--set", "must name a setting of vae, identity, captions or base", word, "write it like base.batch_size=256")
+            raise UserError("--set", "must name a setting of vae, decoder, identity, captions or base", word, "write it like base.batch_size=256")
         changes.setdefault(network, {})[key] = json.loads(value)
     return changes
 

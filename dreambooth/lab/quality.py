@@ -34,6 +34,7 @@ from dreambooth.lab.pretraining.autoencoder import roundtrip
 from dreambooth.lab.pretraining.data import HeldOut, held_out
 from dreambooth.lab.pretraining.denoiser import draw
 from dreambooth.lab.scorers import LabScorers
+from dreambooth.pixel_metrics import blur
 from dreambooth.statistics import Interval, bootstrap_interval, describe
 
 CONTROL_SIGMA = 1.0  # px, of the blurred control
@@ -132,8 +133,8 @@ def measure_codec_and_scorers(model: Any, scorers: LabScorers, seen: HeldOut) ->
     decoded = roundtrip(model.vae, pixels)
     nouns = [subject.class_noun for subject in seen.subjects]
     names = [f"{subject.class_noun} {subject.seed}" for subject in seen.subjects]
-    own, own_decoded, soft = (scorers.identity(pictures) for pictures in (pixels, decoded, measures.blur(pixels, CONTROL_SIGMA)))
-    images, soft_images, texts = scorers.image(pixels), scorers.image(measures.blur(pixels, CONTROL_SIGMA)), scorers.text(seen.captions)
+    own, own_decoded, soft = (scorers.identity(pictures) for pictures in (pixels, decoded, blur(pixels, CONTROL_SIGMA)))
+    images, soft_images, texts = scorers.image(pixels), scorers.image(blur(pixels, CONTROL_SIGMA)), scorers.text(seen.captions)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
     retrieved = measures.caption_retrieval(images[order], texts[order], [seen.captions[i] for i in order], min(CHOICES, len(order)))
     partner = [first + (number - first + 1) % VIEWS for number in range(len(names)) for first in [number - number % VIEWS]]
@@ -184,7 +185,7 @@ def compare_with_renders(
 ) -> dict[str, Interval]:
     """Returns sharpness and likeness of drawn pictures and of the controls; everything is of the same classes and places."""
     real, other = (spread(classes, contexts, seeds, seed) for seed in (1, 2))
-    kinds = {"": drawn, "_codec": roundtrip(model.vae, other.to(model.device)).cpu(), "_real": other, "_blurred": measures.blur(other, CONTROL_SIGMA)}
+    kinds = {"": drawn, "_codec": roundtrip(model.vae, other.to(model.device)).cpu(), "_real": other, "_blurred": blur(other, CONTROL_SIGMA)}
     reference = measures.detail(real)
     middle, scale = reference.mean(0), reference.std(0).clamp(min=1e-6)
     standard = (reference - middle) / scale

@@ -6,6 +6,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,14 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, side, side) in [-1, 1] -> (B, features) of length 1."""
-        hidden = F.silu(self.norm(self.blocks(self.stem(x))))  # (B, C, h, w)
+        return self.pool(self.feature_map(x))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(B, 3, side, side) in [-1, 1] -> (B, C, h, w): the last features that still know where they are."""
+        return F.silu(self.norm(self.blocks(self.stem(x))))
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, features) of length 1."""
         pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], 1)  # (B, 2 C)
         return F.normalize(self.head(pooled), dim=-1)
 
@@ -188,6 +196,20 @@ class LabScorers(nn.Module):
         tokens = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(self.device)  # (N, L)
         with torch.autocast(self.device.type, enabled=False):
             return F.normalize(self.text_encoder(tokens).text_embeds, dim=-1)
+
+    @torch.no_grad()
+    def identity_with_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns identity features (N, D) and the map that they were pooled from (N, h, w, C): (N, 3, H, W) in [-1, 1]."""
+        encoder = self.identity_encoder
+        with torch.autocast(self.device.type, enabled=False):
+            maps = torch.cat([encoder.feature_map(shrink(batch.to(self.device).float(), encoder.image_side)) for batch in images.split(BATCH)])
+            return encoder.pool(maps), maps.permute(0, 2, 3, 1)
+
+    def patch_shares(self, masks: Tensor) -> Tensor:
+        """Returns the share of each place of the identity map that a mask covers, resized as a picture is: (N, H, W) in [0, 1] -> (N, h, w)."""
+        side = self.identity_encoder.image_side
+        small = shrink(masks[:, None].float(), side).clamp(0, 1)  # (N, 1, side, side)
+        return F.avg_pool2d(small, prod(stride for _, stride in self.layout.blocks))[:, 0]
 
     @torch.no_grad()
     def encode(self, encoder: ImageEncoder, images: Tensor) -> Tensor:

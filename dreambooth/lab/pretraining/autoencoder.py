@@ -85,6 +85,24 @@ class AutoencoderJob(Job):
         return {"psnr_db": float(psnr(decoded, self.judged.pixels).mean())}, image_grid(rows, ("render", "decoded"), scale=2)
 
 
+class DecoderJob(AutoencoderJob):
+    """The training of the decoding half alone, on an autoencoder whose latents others rest on already.
+
+    Pictures get sharper while the latents stay what they are, to the bit: it may run beside or after the training of the base.
+
+    Args:
+        vae: the trained autoencoder.
+    """
+
+    name = "decoder"
+
+    def __init__(self, recipe: dict[str, Any], vae: Any, renders: Renders, judged: HeldOut, place: Place) -> None:
+        super().__init__(recipe, renders, judged, place)
+        self.networks["vae"].load_state_dict(vae.state_dict())
+        for half in (self.networks["vae"].encoder, self.networks["vae"].quant_conv):
+            half.requires_grad_(False)
+
+
 def forward(vae: Any, pictures: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what a sample of the latents decodes to, and the mean and logarithmic variance of the latents."""
     latents = vae.encode(pictures).latent_dist

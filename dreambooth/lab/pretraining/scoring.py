@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth.lab.identities import COLORS
-from dreambooth.lab.measures import blur, caption_retrieval, same_subject_auc
+from dreambooth.lab.measures import caption_retrieval, same_subject_auc
 from dreambooth.lab.pretraining.autoencoder import roundtrip
 from dreambooth.lab.pretraining.data import BLOCK, HeldOut, Renders
 from dreambooth.lab.pretraining.tokenizer import token_ids
 from dreambooth.lab.pretraining.training import CAPTIONS, IDENTITY, Job, Place, generator, precision
 from dreambooth.lab.scorers import ImageEncoder, Layout, new_text_encoder
+from dreambooth.pixel_metrics import blur
 
 SHIFT_PX, GAIN, NOISE = 4, 0.12, 0.03  # augmentations: at most; +- share of brightness; deviation, of a range of 2
 CODEC_SHARE = 0.25  # of the pictures

@@ -1,0 +1,264 @@
+"""Images -> scores: every network runs once over a set of images, and the functions of `metrics` say what its features mean."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dreambooth import metrics, pixel_metrics
+from dreambooth.encoders import LoadedEncoders
+from dreambooth.evaluation import Item
+from dreambooth.masked_identity import Foreground, foreground, masked_features
+from dreambooth.metric_states import within_groups
+from dreambooth.metric_table import METRICS
+from dreambooth.statistics import Interval, bootstrap_interval
+from dreambooth.step_choice import StepScores
+
+ALWAYS = ("identity_fidelity", "image_fidelity", "prompt_alignment", "prompt_alignment_with_identifier", "drift", "diversity", "class_diversity")
+NAN = float("nan")
+Masks = Sequence[np.ndarray | None] | np.ndarray
+Truth = Callable[[np.ndarray, Sequence[Item]], dict[str, np.ndarray]]  # (images, items) -> columns of the table of images
+
+
+class Reference(NamedTuple):
+    """What generated images are held against: the subject's photos and their features, made once by `reference`."""
+
+    photos: np.ndarray  # uint8 (M, H, W, 3): the training photos, prepared
+    masks: Masks | None  # of each photo, float (H, W) in [0, 1]: where the subject is; None for a photo without one
+    held_out: np.ndarray | None  # uint8 (K, H, W, 3): photos of the subject that were not trained on
+    identity: Tensor  # (M, D) identity features of the photos
+    image: Tensor  # (M, E) image features of the photos
+    held_out_identity: Tensor | None  # (K, D) identity features of the photos held out
+    foreground: Foreground | None  # what the masks say; None without masks, or if they tell no patch from another
+
+
+def reference(photos: np.ndarray, encoders: LoadedEncoders, masks: Masks | None = None, held_out: np.ndarray | None = None) -> Reference:
+    """Returns the subject's photos with all features that `score` needs.
+
+    Args:
+        photos: uint8 (M, H, W, 3), the training photos as the model was shown them.
+        encoders: the feature extractors.
+        masks: one for each photo, float (H, W) in [0, 1], 1 where the subject is; a photo whose mask is None takes no part in the masked
+            identity, and without any mask there is none.
+        held_out: uint8 (K, H, W, 3), photos of the subject that were not trained on; None or empty: memorisation is measured against the
+            training photos themselves, leaving one out.
+
+    Raises:
+        ValueError: the masks are not one for each photo, of its size.
+    """
+    masked = [k for k, mask in enumerate(masks if masks is not None else ()) if mask is not None]
+    if masks is not None and (len(masks) != len(photos) or any(masks[k].shape != photos.shape[1:3] for k in masked)):
+        found = [None if mask is None else mask.shape for mask in masks]
+        raise ValueError(f"masks must be one for each of {len(photos)} photos and of its size, {photos.shape[1:3]}, got {found}")
+    identity, tokens = encoders.identity_with_patches(photos, lambda tokens: tokens if masked else tokens[:, :0])
+    known = foreground(tokens[masked], encoders.patch_shares([masks[k] for k in masked])) if masked else None
+    held_out = held_out if held_out is not None and len(held_out) else None
+    others = encoders.identity(held_out) if held_out is not None else None
+    return Reference(photos, masks, held_out, identity, encoders.image(photos), others, known)
+
+
+class Scores(NamedTuple):
+    """The scores of one set of images: a value and an interval each, by their keys in METRICS, and one row an image."""
+
+    values: dict[str, float]  # those that can be measured; NaN if there are too few images
+    intervals: dict[str, Interval]
+    per_image: pd.DataFrame  # NaN where a column does not apply to an image
+
+    def as_step(self, step: int) -> StepScores:
+        """Returns what the rule for the best step looks at."""
+        return StepScores(step, **{key: self.values[key] for key in ("identity_fidelity", "prompt_alignment", "drift", "diversity")})
+
+
+def score(
+    images: np.ndarray,
+    items: Sequence[Item],
+    reference: Reference,
+    encoders: LoadedEncoders,
+    base_images: np.ndarray | None = None,
+    truth: Truth | None = None,
+) -> Scores:
+    """Returns what the images say: of the subject's, of the plain class's, and of those of other classes.
+
+    A score of the subject's images is the mean over prompts of the mean over each prompt's images; one of class images the mean over
+    images. What cannot be measured is left out of the values: `masked_identity` without masks, `lpips_diversity` without LPIPS,
+    `memorisation` with a single photo and none held out, `sharpness` under 20 pixels, the other-class scores without items of kind
+    "other" or without the base's images.
+
+    Args:
+        images: uint8 (N, H, W, 3), drawn for the items.
+        items: N, of kind "subject", "class" and "other" in any order.
+        reference: what `reference` makes of the subject's photos.
+        encoders: the feature extractors.
+        base_images: uint8 (N, H, W, 3), what the un-tuned base draws for the same items and noise; only those of kind "other" are used.
+        truth: gives further columns where the ground truth is known (`lab_truth.LabTruth`).
+    """
+    kinds = np.array([item.kind for item in items], dtype=object)
+    rows = pd.DataFrame(
+        {
+            "kind": kinds,
+            "template": [item.template for item in items],
+            "prompt": [item.prompt for item in items],
+            "k": [item.key[-1] for item in items],
+        }
+    )
+    identity, masked = _identity(images, reference, encoders)
+    rows["identity"] = metrics.per_image_fidelity(identity, reference.identity).numpy()
+    nearest = metrics.nearest_photo(identity, reference.identity)
+    rows["nearest_photo"], rows["nearest_photo_index"] = nearest.cosine.numpy(), nearest.index.numpy()
+    rows["memorisation"] = metrics.memorisation(identity, reference.identity, reference.held_out_identity).numpy()
+    rows["masked_identity"] = masked.numpy()
+    rows["sharpness"] = _sharpness(images, reference).numpy()
+    rows["diversity"] = metrics.per_image_diversity(1 - identity @ identity.T, _groups(items)).numpy()
+
+    def add(column: str, kind: str, values: Tensor) -> None:
+        rows[column] = NAN
+        rows.loc[kinds == kind, column] = values.numpy().astype(float)
+
+    own = [item for item in items if item.kind == "subject"]
+    features = encoders.image(images[kinds == "subject"])  # (S, E)
+    add("image", "subject", metrics.per_image_fidelity(features, reference.image))
+    add("alignment", "subject", metrics.per_image_alignment(features, _texts([item.scored_prompt for item in own], encoders)))
+    add("alignment_with_identifier", "subject", metrics.per_image_alignment(features, _texts([item.prompt for item in own], encoders)))
+    add("lpips_diversity", "subject", _lpips(images[kinds == "subject"], own, encoders))
+    drifts = _other_classes(images, base_images, kinds, identity, encoders)
+    add("other_class_drift", "other", drifts[0])
+    add("other_class_color_drift", "other", drifts[1])
+    for column, values in (truth(images, items) if truth is not None else {}).items():
+        rows[column] = values
+    return Scores(_values(rows), _intervals(rows), rows)
+
+
+def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEncoders) -> dict[str, dict[str, float]]:
+    """Returns the marks to read scores against, each by the keys of METRICS: the rows "real_photos", "real_photos_with_self_pairs", "copy_baseline".
+
+    Args:
+        reference: of the subject's photos.
+        prompts: the scored prompts (identifier dropped), for the alignment of the copy baseline.
+        encoders: the feature extractors.
+    """
+    with_self_pairs = (("real_photos", False), ("real_photos_with_self_pairs", True))
+    found = {
+        name: {
+            "identity_fidelity": float(metrics.real_photo_oracle(reference.identity, self_pairs)),
+            "image_fidelity": float(metrics.real_photo_oracle(reference.image, self_pairs)),
+        }
+        for name, self_pairs in with_self_pairs
+    }
+    if reference.foreground is not None:
+        for name, self_pairs in with_self_pairs:
+            found[name]["masked_identity"] = float(metrics.real_photo_oracle(reference.foreground.photos, self_pairs))
+    found["real_photos"] |= {"diversity": float(1 - metrics.real_photo_oracle(reference.identity)), "sharpness": 1.0}
+    if len(reference.identity) > 1 or reference.held_out_identity is not None:
+        found["real_photos"]["memorisation"] = 0.0  # the mark that it is measured from
+    texts = encoders.text(list(dict.fromkeys(prompts)))
+    found["copy_baseline"] = metrics.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity) | {"sharpness": 1.0}
+    return found
+
+
+def _identity(images: np.ndarray, reference: Reference, encoders: LoadedEncoders) -> tuple[Tensor, Tensor]:
+    """Returns the images' identity features (N, D) and masked identity (N,), NaN without masks, from one forward pass."""
+    known = reference.foreground
+
+    def reduce(tokens: Tensor) -> Tensor:
+        if known is None:
+            return torch.full((len(tokens),), NAN)
+        return metrics.per_image_fidelity(masked_features(tokens, known), known.photos)
+
+    return encoders.identity_with_patches(images, reduce)
+
+
+def _texts(prompts: list[str], encoders: LoadedEncoders) -> Tensor:
+    """Returns the features of the prompts (N, E); equal ones are encoded once."""
+    unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    return encoders.text(list(unique))[[unique[prompt] for prompt in prompts]]
+
+
+def _groups(items: Sequence[Item]) -> Tensor:
+    """Returns an integer for each image (N,), equal for images of one kind and template."""
+    return torch.tensor([zlib.crc32(f"{item.kind}:{item.template}".encode()) for item in items], dtype=torch.long)
+
+
+def _sharpness(images: np.ndarray, reference: Reference) -> Tensor:
+    if min(images.shape[1:3], default=0) < pixel_metrics.SMALLEST_PX:
+        return torch.full((len(images),), NAN)
+    return pixel_metrics.sharpness(torch.from_numpy(images), torch.from_numpy(reference.photos))
+
+
+def _lpips(images: np.ndarray, items: Sequence[Item], encoders: LoadedEncoders) -> Tensor:
+    """Returns each image's mean LPIPS distance to the others of its prompt, (N,); NaN without LPIPS."""
+    if encoders.perceptual is None:
+        return torch.full((len(images),), NAN)
+    groups = _groups(items)
+    return metrics.per_image_diversity(within_groups(encoders.perceptual.distances, torch.from_numpy(images), groups), groups)
+
+
+def _other_classes(
+    images: np.ndarray, base_images: np.ndarray | None, kinds: np.ndarray, identity: Tensor, encoders: LoadedEncoders
+) -> tuple[Tensor, Tensor]:
+    """Returns how far the images of other classes moved from the base's, by identity features and by colour, (O,) each; NaN without the base's."""
+    others = kinds == "other"
+    if base_images is None or not others.any():
+        return torch.full((int(others.sum()),), NAN), torch.full((int(others.sum()),), NAN)
+    tuned, base = images[others], base_images[others]
+    features = identity[torch.from_numpy(others)]
+    return metrics.paired_drift(features, encoders.identity(base)), pixel_metrics.color_drift(torch.from_numpy(tuned), torch.from_numpy(base))
+
+
+def _values(rows: pd.DataFrame) -> dict[str, float]:
+    """Returns each score that can be measured: the macro mean of its column over the prompts of its kind (class images share one prompt)."""
+    found = {}
+    for info in METRICS:
+        if info.column not in rows:
+            continue
+        own = rows[rows.kind == info.kind]
+        column = own[info.column]
+        if info.column in ("diversity", "lpips_diversity"):  # an image that is alone with its prompt says nothing
+            own = own[own.groupby("template").k.transform("size") > 1]
+            column = own[info.column]
+        if info.key in ALWAYS or not column.isna().all():
+            groups = torch.tensor(own.groupby("template").ngroup().to_numpy())
+            found[info.key] = float(metrics.macro_mean(torch.tensor(column.to_numpy(float)), groups))
+    return found
+
+
+def _intervals(rows: pd.DataFrame) -> dict[str, Interval]:
+    """Returns 95% intervals for this one subject and training run: over prompts (clusters of images that share one), or over class images."""
+    found = {}
+    for info in METRICS:
+        if info.column not in rows:
+            continue
+        own = rows[rows.kind == info.kind]
+        values = own[info.column].to_numpy(float)
+        if np.isnan(values).all():
+            continue
+        if info.key == "class_diversity":
+            found[info.key] = bootstrap_interval(pair_mean_pseudovalues(values), unit="image")
+        elif info.kind == "class":
+            found[info.key] = bootstrap_interval(values, unit="image")
+        else:
+            found[info.key] = bootstrap_interval(values, own.template.to_numpy(), unit="prompt")
+    return found
+
+
+def pair_mean_pseudovalues(per_image: np.ndarray) -> np.ndarray:
+    """Returns values whose mean is the mean over pairs, and whose spread is what resampling images needs for a right interval.
+
+    Every image is in n - 1 pairs, so the images' own mean distances are not independent: their plain bootstrap gives an interval of half
+    the width. The jackknife's pseudo-values, n U - (n - 1) U without image i, do not have that fault.
+
+    Args:
+        per_image: each image's mean distance to the n - 1 others, (n,).
+
+    Returns:
+        (n,); with fewer than 3 images, what came in.
+
+    Source: Arvesen 1969, "Jackknifing U-statistics".
+    """
+    n = len(per_image)
+    if n < 3:
+        return per_image
+    return (2 * (n - 1) * per_image - n * per_image.mean()) / (n - 2)

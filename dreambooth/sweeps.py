@@ -1,0 +1,230 @@
+"""A sweep as a whole: what became of each of its jobs, and how long the rest will take, whichever launcher runs them.
+
+While a sweep lasts, a folder `<output_dir>/.sweeps/<time>-<pid>` holds a file a job: other processes and machines write there what they
+did, and the process that was started by hand shows it at the end. The runs themselves know nothing of it.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from dreambooth.claims import holder
+from dreambooth.files import write_json
+from dreambooth.runs import MetricsFile, RunFolder
+
+FOLDER = "DREAMBOOTH_SWEEP"  # environment variable: the folder of the sweep under way; the processes of its jobs inherit it
+STATES = ("done before", "done", "left out", "failed", "cut off", "elsewhere")
+NEEDS_BYTES = 2e9  # of memory a job, as long as no run of the group has told
+WORST_SCORE = -1.0  # of a cosine
+
+
+class Job(NamedTuple):
+    """What became of one job so far."""
+
+    number: int  # from 1
+    words: str  # its settings on the command line
+    state: str  # one of STATES
+    run: str | None = None  # its folder, as soon as that is known
+    note: str | None = None  # the first line of the error; who does it, for "elsewhere"
+
+
+class Plan(NamedTuple):
+    """What a sweep goes over."""
+
+    jobs: int | None  # None when its sweeper does not say
+    varies: list[str]  # the settings that differ from job to job
+
+
+class SweepStart(Callback):
+    """Hydra's callback, named in conf/train.yaml: opens the folder of a sweep before its launcher starts."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Notes how many jobs there are, and has joblib run as many at once as fit."""
+        folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))).absolute() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        plan = read_plan(config)
+        write_json(folder / "sweep.json", plan._asdict())
+        os.environ[FOLDER] = str(folder)
+        if config.hydra.launcher.get("n_jobs") == -1:
+            fit = jobs_that_fit(Path(config.output_dir) / config.group)
+            with read_write(config), open_dict(config):
+                config.hydra.launcher.n_jobs = min(fit, plan.jobs or fit)
+            print(f"{config.hydra.launcher.n_jobs} jobs at once, as many as fit (hydra.launcher.n_jobs)")
+
+
+def read_plan(config: DictConfig) -> Plan:
+    """Returns what a sweep goes over, from Hydra's whole config."""
+    sweeper = config.hydra.sweeper
+    words = [f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()] + list(config.hydra.overrides.task)
+    overrides = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(words)}  # of one key the last word counts
+    swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
+    if "n_trials" in sweeper:
+        return Plan(sweeper.n_trials, list(swept))
+    try:
+        counts = {key: len(list(o.sweep_string_iterator())) for key, o in swept.items()}
+    except (HydraException, AttributeError):  # a glob, an interval
+        return Plan(None, list(swept))
+    return Plan(math.prod(counts.values()), [key for key, count in counts.items() if count > 1])
+
+
+def jobs_that_fit(group: Path) -> int:
+    """Returns how many jobs this machine can run at once: by its cores, its free memory and the runs of the group so far; 1 with a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1  # processes that share a GPU only slow each other down
+    needed = max((record.get("peak_memory_bytes", 0) for record in finished(group)), default=0) or NEEDS_BYTES
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(_free_bytes() // needed)))
+
+
+def _free_bytes() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def finished(group: Path) -> list[dict[str, Any]]:
+    """Returns the records of the finished runs in a group's folder."""
+    records = []
+    for path in group.glob("*/run.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("status") == "done":
+            records.append(record)
+    return records
+
+
+def seconds_left(group: Path, jobs: int) -> float | None:
+    """Returns the seconds that so many jobs will take: each as long as the finished ones of the group on average, shared by all who work in it.
+
+    Args:
+        group: the folder of the runs.
+        jobs: still to be done, the one that begins now included.
+    """
+    seconds = [sum(record.get("seconds", {}).values()) for record in finished(group)]
+    if not seconds or not jobs:
+        return None
+    others = sum(holder(path.parent) is not None for path in group.glob("*/run.json"))
+    return jobs * sum(seconds) / len(seconds) / min(1 + others, jobs)
+
+
+_present: Job | None = None  # the job that this process is at, where somebody wants to know
+
+
+def begin(output_dir: str, group: str) -> None:
+    """Takes up the job that Hydra just started, and says how far the sweep is; says nothing of a sweep of one.
+
+    Args:
+        output_dir, group: of its config.
+    """
+    global _present
+    hydra = HydraConfig.get()
+    number = hydra.job.num + 1
+    if FOLDER not in os.environ:
+        print(f"\njob {number}: {hydra.job.override_dirname}")
+        return
+    plan, seen = _plan(), jobs_so_far()
+    words = [word for word in hydra.overrides.task if word.split("=")[0].lstrip("+") in plan.varies]
+    _present, total = Job(number, " ".join(words or hydra.overrides.task), "cut off"), plan.jobs
+    if total != 1:
+        before = sum(other.state == "done before" for other in seen)
+        closed = sum(other.state in STATES[:4] for other in seen)
+        left = seconds_left(Path(output_dir) / group, total - closed) if total else None
+        place = f"job {number}" + (f" of {total}" if total else "") + (f" ({before} done before)" if before else "")
+        print(f"\n{place}: {_present.words}" + (f"; about {in_words(left)} left" if left is not None else ""))
+    _write(_present)
+
+
+def working_in(run: Path, done_before: bool) -> None:
+    """Notes the run folder of the present job, and whether nothing is left to do."""
+    global _present
+    if _present is not None:
+        _present = _present._replace(run=str(run), state="done before" if done_before else "cut off")
+        _write(_present)
+
+
+def end(state: str, note: str | None = None, run: Path | None = None) -> None:
+    """Closes the present job.
+
+    Args:
+        state: one of `STATES`; "done" leaves "done before" as it is.
+        note: why it failed, or who does it.
+        run: its folder, where `working_in` was not told.
+    """
+    global _present
+    if _present is not None:
+        state = _present.state if (state, _present.state) == ("done", "done before") else state
+        _write(_present._replace(state=state, note=note and (note.splitlines() or [""])[0], run=str(run) if run else _present.run))
+    _present = None
+
+
+def _write(job: Job) -> None:
+    if FOLDER in os.environ:
+        write_json(Path(os.environ[FOLDER]) / f"{job.number}.json", job._asdict())
+
+
+def jobs_so_far() -> list[Job]:
+    """Returns what is known of the jobs of the sweep under way, in order."""
+    return sorted(Job(**json.loads(path.read_text(encoding="utf-8"))) for path in Path(os.environ[FOLDER]).glob("[0-9]*.json"))
+
+
+def _plan() -> Plan:
+    return Plan(**json.loads((Path(os.environ[FOLDER]) / "sweep.json").read_text(encoding="utf-8")))
+
+
+def close() -> int:
+    """Shows what became of the sweep that this process started, if it started one; returns how many of its jobs failed."""
+    if FOLDER not in os.environ:
+        return 0
+    jobs, total = jobs_so_far(), _plan().jobs
+    shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
+    if jobs and total != 1:
+        print(table(jobs, total))
+    return sum(job.state in ("failed", "cut off") for job in jobs)
+
+
+def table(jobs: list[Job], total: int | None) -> str:
+    """Returns the end of a sweep as text: how many of each, a line a job, what to do about those that are done elsewhere."""
+    counts = [f"{sum(job.state == state for job in jobs)} {state}" for state in STATES if any(job.state == state for job in jobs)]
+    missing = (total or len(jobs)) - len(jobs)
+    lines = ["", f"sweep of {total or len(jobs)} jobs: " + ", ".join(counts + ([f"{missing} not begun"] if missing else []))]
+    width = max(len(job.run or "-") for job in jobs)
+    for job in jobs:
+        lines.append(f"  {job.number:3}  {job.state:11}  {job.run or '-':{width}}  {job.words}" + (f": {job.note}" if job.state == "failed" else ""))
+    elsewhere = [f"{job.run} by {job.note}" for job in jobs if job.state == "elsewhere"]
+    if elsewhere:
+        lines.append(f"being done elsewhere: {'; '.join(elsewhere)}; run the same command again to see them")
+    return "\n".join(lines)
+
+
+def in_words(seconds: float) -> str:
+    """Returns a time as a person says it: 40 s, 23 min, 3.2 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def selection_score(run: RunFolder | None) -> float:
+    """Returns what a searching sweeper maximises: the identity fidelity of the chosen step on the selection prompts, in [-1, 1].
+
+    A job without one (failed, done elsewhere, no encoders, not a number) counts as the worst there is, so that a search goes on.
+    """
+    if run is None or run.status != "done":
+        return WORST_SCORE
+    rows = [row for row in MetricsFile(run.path / "metrics.csv").read() if row["step"] == str(run.record.get("best_step"))]
+    found = next((float(row["score/identity_fidelity"]) for row in rows if row.get("score/identity_fidelity")), float("nan"))
+    return found if found == found else WORST_SCORE

@@ -1,0 +1,95 @@
+"""What tells the runs of a table apart, and which of their rows are one and the same."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dreambooth.combined_scores import BASE, _by_prompt_kind, _compared, _one_base, require_one_evaluator, settings_that_differ
+from dreambooth.config import Config
+from dreambooth.encoders import LabEncoders
+from dreambooth.errors import UserError
+from dreambooth.metric_table import METRICS
+
+IDENTITY = next(info for info in METRICS if info.key == "identity_fidelity")
+
+
+def images(base_of_seed_1: float = 0.0, settings: tuple[str, ...] = ("",)) -> pd.DataFrame:
+    """Returns scores of 3 subjects x 2 seeds x the settings: identity = subject + 0.1 k, tuned arms + 0.5, and + 0.2 for seed 1."""
+    rows = []
+    for subject in range(3):
+        for seed in (0, 1):
+            for setting in settings:
+                for arm in ("base", "best"):
+                    for k in range(2):
+                        gain = 0.5 + 0.2 * seed if arm == "best" else base_of_seed_1 * seed
+                        about = {"subject": f"s{subject}", "seed": seed, "setting": setting, "arm": arm, "kind": "subject", "prompt_kind": "property"}
+                        rows.append(about | {"template": "a red {subject}", "k": k, "identity": subject + 0.1 * k + gain, "alignment": 0.3})
+    return pd.DataFrame(rows)
+
+
+def test_settings_name_what_varies_but_seed_and_subject(make_config: Callable[..., Config]) -> None:
+    runs = [
+        ("a", make_config({"subject.name": "a", "prior.name": "none"})),
+        ("a", make_config({"subject.name": "a", "prior.name": "class_images", "seed": 1})),
+        (
+            "b",
+            make_config({"subject.name": "b", "prior.name": "none", "subject.class_noun": "cat", "data.subject_dir": "/b"}),
+        ),
+    ]
+    assert settings_that_differ(runs) == ["prior=none", "prior=class_images", "prior=none"]
+
+
+def test_settings_name_a_number_only_where_a_choice_has_it(make_config: Callable[..., Config]) -> None:
+    changes = ({"prior.name": "none"}, {"prior.weight": 0.5}, {"prior.weight": 1.0})
+    found = settings_that_differ([("a", make_config({"prior.name": "class_images"} | change)) for change in changes])
+    assert found == ["prior=none", "prior=class_images, prior.weight=0.5", "prior=class_images, prior.weight=1.0"]
+
+
+def test_class_noun_is_a_setting_where_one_subject_has_two(make_config: Callable[..., Config]) -> None:
+    runs = [("a", make_config({"subject.name": "a", "subject.class_noun": noun})) for noun in ("dog", "animal")]
+    assert settings_that_differ(runs) == ["subject.class_noun=dog", "subject.class_noun=animal"]
+
+
+def test_runs_that_differ_in_nothing_have_no_setting(make_config: Callable[..., Config]) -> None:
+    assert settings_that_differ([("a", make_config()), ("a", make_config({"seed": 1}))]) == ["", ""]
+
+
+def test_base_that_drew_the_same_for_all_seeds_and_settings_is_one_row_without_a_seed() -> None:
+    found = _one_base(images(settings=("prior=none", "prior=class_images")))
+    base = found[found.arm == "base"]
+    assert len(base) == 3 * 2 and base.seed.isna().all() and set(base.label) == {BASE}
+    assert set(found[found.arm == "best"].label) == {"prior=none: best step", "prior=class_images: best step"}
+
+
+def test_base_that_differs_between_seeds_keeps_them() -> None:
+    found = _one_base(images(base_of_seed_1=0.01))
+    assert len(found[found.arm == "base"]) == 3 * 2 * 2 and found.seed.notna().all()
+
+
+def test_difference_pairs_each_seed_with_the_one_base() -> None:
+    row = _compared(_one_base(images()), IDENTITY).rows[1]
+    assert row.arm == "best step" and row.difference.mean == pytest.approx(0.5 + 0.1) and row.difference.n == 3
+    assert row.mean.mean == pytest.approx(1 + 0.05 + 0.6) and row.seeds == (2, 2)
+
+
+def test_split_by_kind_counts_a_base_without_seed_as_one_run() -> None:
+    """A missing seed must not make a run of every image: that widens the interval."""
+    rows = {row["arm"]: row for row in _by_prompt_kind(_one_base(images()))}
+    interval = rows[BASE]["identity_fidelity_interval"]
+    assert (interval["low"], interval["high"]) == pytest.approx((0.05, 2.05))  # the range of three subjects
+    assert rows[BASE]["identity_fidelity"] == pytest.approx(1.05) and rows[BASE]["images"] == 6
+
+
+def test_score_that_was_not_measured_is_no_row() -> None:
+    frame = images()
+    assert _compared(_one_base(frame.assign(identity=np.nan)), IDENTITY) is None
+
+
+def test_runs_of_two_evaluators_are_refused_before_anything_is_drawn(make_config: Callable[..., Config]) -> None:
+    first, second = make_config(), make_config()
+    second.encoders = LabEncoders()
+    require_one_evaluator([first, first])
+    with pytest.raises(UserError, match="^runs must be scored by one evaluator"):
+        require_one_evaluator([first, second])
