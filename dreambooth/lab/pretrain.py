@@ -48,6 +48,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "text_layers": 3,
         "caption_dropout": 0.1,
         "weight_cap": 5.0,
+        "parts_weight": 0.2,
+        "hint_share": 0.5,
     },
 }
 ON_CPU: dict[str, dict[str, Any]] = {
@@ -226,6 +228,7 @@ class Pretraining:
 
     def stage_base(self) -> None:
         """Trains the UNet with its text encoder, and writes the diffusers folder."""
+        from dreambooth.lab.pretraining.aids import Known
         from dreambooth.lab.pretraining.card import check_size, write_base
         from dreambooth.lab.pretraining.denoiser import DenoiserJob, Latents
 
@@ -233,7 +236,8 @@ class Pretraining:
         self.say(f"base: latents of {len(self.stream)} pictures and their mirror images")
         latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, self.say)
         shown = [f"a photo of a {noun} {context}" for noun in TRAINED_CLASSES[:6] for context in TRAINED_CONTEXTS[:6]]
-        job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, shown, self.place)
+        known = Known(self.work / "known.npy", len(self.stream), latents.moments.shape[-1], self.device, self.say)
+        job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, known, shown, self.place)
         networks = Training(job, self.budget("base"), self.place, self.say).run()
         write_base(self.output / "base", networks["unet"], networks["text_encoder"], self.vae, self.tokenizer)
         self.say(f"base: wrote {self.output / 'base'}; {check_size(self.output) / 1e6:.1f} MB of weights in all")

@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, one_hot
 
 from dreambooth.errors import UserError
 from dreambooth.lab.canvas import make_canvas
@@ -43,6 +43,8 @@ PHOTO_CONTEXTS: tuple[str, ...] = ("on the grass", "on a wooden table", "on the 
 PHOTO_STREAM = 9  # part of the key of every photo of a built-in subject
 SUPERSAMPLING = 2  # rays along each side of a pixel
 CHUNK = 16  # pictures at once: bounds the memory
+PARTS = 6  # what `render_parts` tells apart
+RAYS_PER_CELL = 4
 
 
 def render(identities: Sequence[Identity], contexts: Sequence[str], seeds: Sequence[int], resolution: int = 64, device: str = "cpu") -> Tensor:
@@ -102,6 +104,36 @@ def render_masks(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]]
         covered[hits.ray] = 1
         masks[first : first + CHUNK] = avg_pool2d(covered.view(-1, 1, side, side), SUPERSAMPLING)[:, 0]
     return masks
+
+
+def render_parts(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]], cells: int, device: str = "cpu") -> Tensor:
+    """Returns which part of the subject each cell of the pictures mostly shows: integers (N, cells, cells) in [0, PARTS).
+
+    0 is the place; 1 to 4 are the parts in the subject's first to fourth colour; 5 is what no subject has of its own: eyes, glass, accessories.
+
+    Args:
+        identities, keys: as for `render_masks`.
+        cells: along each side; each is judged by RAYS_PER_CELL x RAYS_PER_CELL rays.
+        device: where the rays are traced, and where the result lies.
+    """
+    found = torch.zeros(len(identities), cells, cells, dtype=torch.long, device=device)
+    for first in range(0, len(identities), CHUNK):
+        own = identities[first : first + CHUNK]
+        rngs = [np.random.default_rng(key) for key in keys[first : first + CHUNK]]
+        parts = [build(subject) for subject in own]
+        drawn = [draw_view(subject.class_noun, solids, rng) for subject, solids, rng in zip(own, parts, rngs, strict=True)]
+        views, side = stack_views(drawn, device), cells * RAYS_PER_CELL
+        hits = trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
+        slots = [
+            1 + subject.colors.index(solid.color) if solid.color in subject.colors else 5
+            for subject, s in zip(own, parts, strict=True)
+            for solid in s
+        ]
+        shown = torch.zeros(len(own) * side * side, dtype=torch.long, device=device)
+        shown[hits.ray] = torch.tensor(slots, device=device)[hits.solid]
+        shares = avg_pool2d(one_hot(shown.view(-1, side, side), PARTS).permute(0, 3, 1, 2).float(), RAYS_PER_CELL)
+        found[first : first + CHUNK] = shares.argmax(1)
+    return found
 
 
 def subject_photos(class_noun: str, seed: int, count: int = 5) -> tuple[Tensor, list[str]]:

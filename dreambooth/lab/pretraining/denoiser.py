@@ -21,6 +21,7 @@ from dreambooth.errors import UserError
 from dreambooth.files import write_with
 from dreambooth.grids import image_grid
 from dreambooth.lab.measures import sharpness, to_bytes
+from dreambooth.lab.pretraining.aids import Aids, InnerFeatures, Known
 from dreambooth.lab.pretraining.data import Renders
 from dreambooth.lab.pretraining.tokenizer import token_ids
 from dreambooth.lab.pretraining.training import DENOISER, Job, Place, Say, generator, precision
@@ -137,14 +138,18 @@ class DenoiserJob(Job):
 
     name = "base"
 
-    def __init__(self, recipe: dict[str, Any], tokenizer: Any, vae: Any, renders: Renders, latents: Latents, shown: list[str], place: Place) -> None:
+    def __init__(
+        self, recipe: dict[str, Any], tokenizer: Any, vae: Any, renders: Renders, latents: Latents, known: Known, shown: list[str], place: Place
+    ) -> None:
         self.recipe, self.tokenizer, self.vae, self.renders = recipe, tokenizer, vae, renders
-        self.latents, self.shown, self.place = latents, shown, place
+        self.latents, self.known, self.shown, self.place = latents, known, shown, place
         self.batch_size, self.matrix_lr, self.other_lr = recipe["batch_size"], recipe["matrix_lr"], recipe["other_lr"]
         self.shape = (vae.config.latent_channels, *latents.moments.shape[-2:])
         torch.manual_seed(place.seed + 3)
         unet = new_unet(tuple(recipe["widths"]), self.shape[0], recipe["text_width"], recipe["groups"], self.shape[-1])
-        self.networks = {"unet": unet, "text_encoder": new_text_model(recipe["text_width"], recipe["text_layers"], tokenizer)}
+        self.inner = InnerFeatures(unet)
+        aids = Aids(self.inner.channels, recipe["text_width"])
+        self.networks = {"unet": unet, "text_encoder": new_text_model(recipe["text_width"], recipe["text_layers"], tokenizer), "aids": aids}
         self.tokens = token_ids(tokenizer, [row.caption for row in renders.rows]).to(place.device)  # (N, L)
         self.no_words = token_ids(tokenizer, [""])[0].to(place.device)  # (L,)
         self.alphas_cumprod = scaled_linear_alphas_cumprod().to(place.device)
@@ -161,10 +166,17 @@ class DenoiserJob(Job):
         x0 = self.latents.sample(index, mirrored, posterior)
         noisy = add_noise(x0, noise, t, self.alphas_cumprod).contiguous(memory_format=torch.channels_last)
         with precision(device):
-            pred = self._forward(noisy, t, self.networks["text_encoder"](tokens).last_hidden_state).sample
+            text = self.networks["text_encoder"](tokens).last_hidden_state  # (B, L, D)
+            if torch.rand((), generator=draws, device=device) < self.recipe["hint_share"]:  # whole batches: what is not there takes no place
+                text = torch.cat([text, self.networks["aids"].hint_vectors(self.known.hints[index])], 1)
+            pred = self._forward(noisy, t, text).sample
         target = prediction_target(PREDICTION_TYPE, x0, noise, t, self.alphas_cumprod)
         weight = capped_velocity_weight(t, self.alphas_cumprod, self.recipe["weight_cap"], PREDICTION_TYPE)
-        return (weight * (pred.float() - target).pow(2).flatten(1).mean(1)).mean(), {}
+        denoising = (weight * (pred.float() - target).pow(2).flatten(1).mean(1)).mean()
+        parts = self.known.parts[index]
+        parts = torch.where(mirrored.view(-1, 1, 1).bool(), parts.flip(-1), parts)
+        naming = self.networks["aids"].parts_loss(self.inner.take(), parts)
+        return denoising + self.recipe["parts_weight"] * naming, {"denoising": denoising.detach(), "parts": naming.detach()}
 
     @torch.no_grad()
     def measure(self, averages: dict[str, nn.Module]) -> tuple[dict[str, float], Image.Image]:
