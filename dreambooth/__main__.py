@@ -50,6 +50,14 @@ def tokens(arguments: argparse.Namespace) -> None:
     print("\n".join(f"  {word:<{arguments.longest + 2}} {token_id:>6}" for word, token_id in rare) or "  none")
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Writes the report of run folders: one HTML page, and Markdown with small pictures."""
+    from dreambooth.report import write_report
+
+    for path in write_report(arguments.runs, arguments.output, arguments.baseline, arguments.seed):
+        print(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dreambooth", description=__doc__)
@@ -70,6 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     two.add_argument("--seed", type=int, default=0, help="of the draw among all rare words (default: %(default)s)")
     two.add_argument("--longest", type=int, default=3, help="letters, at most (default: %(default)s)")
     two.set_defaults(call=tokens)
+    three = commands.add_parser("report", help="what runs, or the arms of a sweep, learned and lost: one HTML page and Markdown")
+    three.add_argument("runs", nargs="+", help="run folders, or folders that hold them (runs/prior)")
+    three.add_argument("--output", help="folder for report.html, report.md and its pictures (default: the run, or the folder of the runs)")
+    three.add_argument("--baseline", help="arm that the others are held against, or a part of its name (default: the recipe's, else the first)")
+    three.add_argument("--seed", type=int, default=0, help="of the random draw of the pictures that are shown (default: %(default)s)")
+    three.set_defaults(call=report)
     arguments = parser.parse_args(argv)
     try:
         arguments.call(arguments)

@@ -27,7 +27,7 @@ LAYERS = {  # each may import itself and what stands above it here
         "final_scores rescoring combined_scores interop"
     ),
     "train": "data module fixed_loss callbacks first_steps",
-    "faces": "cli sweeps summary report studio __main__",
+    "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures studio __main__",
     "scripts": "train evaluate generate",
 }
 ORDER = list(LAYERS)

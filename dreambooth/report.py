@@ -1,0 +1,156 @@
+"""Run folders -> a report: one HTML page that needs nothing beside it, and Markdown with small pictures. See `report_data` for what is read."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dreambooth import __version__
+from dreambooth.errors import UserError
+from dreambooth.files import write_text, write_with
+from dreambooth.report_data import Study, read_study
+from dreambooth.report_figures import Plot, bars, heat_maps, paired_dots, trajectory
+from dreambooth.report_pictures import Panel, data_uri, panels, sheet
+from dreambooth.report_tables import (
+    ANSWERING,
+    Table,
+    answer,
+    caution,
+    compare,
+    cost_table,
+    course,
+    course_table,
+    left_out_table,
+    reproducibility,
+    score_tables,
+)
+
+PICTURES = "report_figures"  # folder beside report.md
+
+
+class Section(NamedTuple):
+    """A part of the report, in the order: words, plots, panels, tables."""
+
+    title: str
+    plots: list[Plot]
+    panels: list[Panel]
+    tables: list[Table]
+
+
+class Report(NamedTuple):
+    """What the page and the Markdown show alike."""
+
+    title: str
+    question: str
+    answer: list[str]
+    caution: str | None
+    basis: str  # how many runs of what
+    header: dict[str, str]
+    sections: list[Section]
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None, baseline: str | None = None, seed: int = 0) -> list[Path]:
+    """Writes report.html, report.md and the pictures of the latter; returns the paths of the first two.
+
+    Args:
+        folders: run folders, or folders that hold them.
+        output: folder, made when missing; None: the run itself if there is one run, else the folder that holds them all.
+        baseline: the arm to hold the others against; see `read_study`.
+        seed: of the draw of the pictures that are shown.
+
+    Raises:
+        UserError: nothing to report on, or no place for it.
+    """
+    study = read_study(folders, baseline)
+    place = Path(output) if output is not None else _place(study)
+    report = make_report(study, seed)
+    for section in report.sections:
+        for plot in section.plots:
+            png = plot.png
+            write_with(place / PICTURES / f"{plot.name}.png", lambda temporary, png=png: temporary.write_bytes(png))
+        for panel in section.panels:
+            write_with(place / PICTURES / f"{panel.name}.png", lambda temporary, panel=panel: temporary.write_bytes(_png(panel)))
+    return [write_text(place / name, render(report, f"{name}.jinja")) for name in ("report.html", "report.md")]
+
+
+def make_report(study: Study, seed: int = 0) -> Report:
+    """Returns the report of a study."""
+    best, last, points = compare(study, "best"), compare(study, "final"), course(study)
+    tables = score_tables(study, best, last)
+    prior = [bars(study, best, "drift", "pres"), bars(study, best, "class_diversity", "div")]
+    panel_of = {panel.name: panel for panel in panels(study, seed)}
+    grids = [panel for name, panel in panel_of.items() if name.startswith("steps_")]
+    left_out = left_out_table(study)
+    sections = [
+        Section("Scores", [], [], tables[:2]),
+        Section("Over the steps of training", _there([trajectory(study, points)]) + heat_maps(study, points), [], [course_table(points)]),
+        Section("Pictures on the way", [], grids, []),
+        Section("The prior: PRES and DIV", _there(prior), _there([panel_of.get("class_drift")]), []),
+        Section("Subject by subject", _there([paired_dots(study, key) for key in ANSWERING]), [], [tables[-1]]),
+        Section("Copies of the photos", [], _there([panel_of.get("nearest_photos")]), []),
+        Section("Further tables", [], [], tables[2:-1]),
+        Section("Costs", [], [], [cost_table(study)]),
+        Section("Left out", [], [], [left_out] if left_out else []),
+        Section("Reproducibility", [], [], [reproducibility(study)]),
+    ]
+    title = ", ".join(study.groups)
+    sections = [section for section in sections if section.plots or section.panels or any(table.rows for table in section.tables)]
+    return Report(title, _question(study), answer(study, best), caution(study), _basis(study), study.header, sections)
+
+
+def render(report: Report, template: str) -> str:
+    """Returns a report as text, by one of the templates beside this file; all that comes from outside is escaped in HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: bool(name and name.endswith(".html.jinja")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": _cell}
+    context: dict[str, Any] = {"report": report, "data_uri": data_uri, "pictures": PICTURES, "version": __version__}
+    return environment.get_template(template).render(context)
+
+
+def _question(study: Study) -> str:
+    if "Question" in study.header:
+        question = study.header["Question"]
+        return question[0].upper() + question[1:]
+    return f"What differs between {' | '.join(study.arms)}?" if study.has_arms else "What was learned, and what was lost?"
+
+
+def _basis(study: Study) -> str:
+    """Returns what the report rests on: arms, subjects, seeds, runs, the baseline, failures."""
+    seeds = {run.config.seed for run in study.runs}
+    counts = [(len(study.arms), "arm"), (len(study.subjects), "subject"), (len(seeds), "training seed"), (len(study.runs), "scored run")]
+    words = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+    words += f"; {len(study.left_out)} failed or unfinished" if study.left_out else ""
+    baseline = f" Baseline: {study.baseline} ({study.baseline_reason})." if study.has_arms else ""
+    return f"{words}.{baseline}"
+
+
+def _place(study: Study) -> Path:
+    paths = [run.folder.path for run in study.runs]
+    if len(paths) == 1 and not study.left_out:
+        return paths[0]
+    parents = {path.parent for path in paths}
+    if len(parents) > 1:
+        raise UserError("--output", "must be said when the runs lie in several folders", None, "write --output runs/comparison")
+    return parents.pop()
+
+
+def _png(panel: Panel) -> bytes:
+    data = io.BytesIO()
+    sheet(panel).save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+def _there(found: Sequence[Any]) -> list[Any]:
+    return [one for one in found if one is not None]
+
+
+def _cell(text: str) -> str:
+    """Returns a text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,243 @@
+"""Run folders -> a study: which settings tell the arms apart, which arm is the baseline, what each run scored, what failed."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from omegaconf import OmegaConf
+
+from dreambooth.combined_scores import ARM_WORDS, BASE, settings_that_differ
+from dreambooth.config import Config, from_plain, to_plain
+from dreambooth.errors import UserError
+from dreambooth.final_scores import subject_label
+from dreambooth.recipes import resolve
+from dreambooth.runs import MetricsFile, RunFolder, read_run
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+ONE_ARM = "these settings"  # the label of the only arm
+
+
+class ScoredRun(NamedTuple):
+    """One finished run with scores: one arm, subject and training seed."""
+
+    folder: RunFolder
+    config: Config
+    subject: str
+    arm: str
+    scores: dict[str, Any]  # what its scores.json holds
+    course: list[dict[str, float]]  # scores on the selection prompts at every evaluated step, by key, with "step"
+
+
+class LeftOut(NamedTuple):
+    """One run that is not in the tables, and why."""
+
+    name: str
+    arm: str
+    subject: str
+    seed: int
+    status: str  # "failed", "running" (at work, or cut off) or "done" (without scores)
+    reason: str
+
+
+class Study(NamedTuple):
+    """All that a report is made from."""
+
+    header: dict[str, str]  # of the experiment's YAML: Question, Command, Time, Expected, Source; {} where the runs belong to none
+    groups: list[str]
+    arms: list[str]  # the baseline first
+    baseline: str  # the arm that the others are held against
+    baseline_reason: str
+    runs: list[ScoredRun]
+    left_out: list[LeftOut]
+    images: pd.DataFrame  # the final scores of every image, with `label`; arm is base, best or final in every run
+
+    @property
+    def has_arms(self) -> bool:
+        """Tells whether there are settings to compare; otherwise the steps of one setting are held against the un-tuned base."""
+        return len(self.arms) > 1
+
+    @property
+    def subjects(self) -> list[str]:
+        """The subjects, in the order of the runs."""
+        return list(dict.fromkeys(run.subject for run in self.runs))
+
+    def of_arm(self, arm: str) -> list[ScoredRun]:
+        """Returns the scored runs of an arm."""
+        return [run for run in self.runs if run.arm == arm]
+
+    def compared(self, step: str = "best") -> tuple[pd.DataFrame, str]:
+        """Returns the images to compare, with the arm's name in `label`, and the label of the baseline.
+
+        Args:
+            step: "best", the step that the declared rule chose on the selection prompts, or "final", the last one.
+        """
+        if self.has_arms:
+            return self.images[self.images.arm == step], self.baseline
+        tuned = self.images[self.images.arm != "base"]
+        return pd.concat([self.base, tuned.assign(label=tuned.arm.map(ARM_WORDS))], ignore_index=True), BASE
+
+    @property
+    def base(self) -> pd.DataFrame:
+        """The images of the un-tuned base, once where all runs drew the same; else by arm, as then a setting concerns the drawing."""
+        base = self.images[self.images.arm == "base"]
+        what = ["subject", "kind", "template", "k"]
+        if (base.groupby(what)[["identity", "alignment"]].nunique() <= 1).all(axis=None):
+            return base.drop_duplicates(what).assign(label=BASE, seed=np.nan)
+        return base.drop_duplicates([*what, "label"]).assign(label=lambda rows: rows.label + ": " + BASE, seed=np.nan)
+
+
+def read_study(folders: Sequence[str | Path], baseline: str | None = None) -> Study:
+    """Returns the study that run folders make up.
+
+    Args:
+        folders: run folders, or folders that hold them.
+        baseline: an arm, or a part of its name that no other has; None: the arm with the recipe's settings, else the one started first.
+
+    Raises:
+        UserError: no run, no scored run, several evaluators, two runs that nothing tells apart, or no such baseline.
+    """
+    folders_read = _find(folders)
+    configs = [run.config for run in folders_read]
+    subjects = [_subject(run, config) for run, config in zip(folders_read, configs, strict=True)]
+    settings = settings_that_differ(list(zip(subjects, configs, strict=True)))
+    arms = [setting or ONE_ARM for setting in settings]
+    runs, left_out = [], []
+    for run, config, subject, arm in zip(folders_read, configs, subjects, arms, strict=True):
+        scores = _scores(run)
+        if run.status != "done" or scores is None or scores["missing"]:
+            reason = run.record.get("error") or (scores or {}).get("missing") or ("no scores.json" if run.status == "done" else "not finished")
+            left_out.append(LeftOut(run.path.name, arm, subject, config.seed, run.status, str(reason)))
+        else:
+            runs.append(ScoredRun(run, config, subject, arm, scores, _course(run)))
+    _check(runs, left_out)
+    found = list(dict.fromkeys(run.arm for run in sorted(runs, key=lambda run: run.folder.record.get("started", ""))))
+    first, reason = _baseline(runs, found, baseline)
+    groups = list(dict.fromkeys(config.group for config in configs))
+    order = [first, *(arm for arm in found if arm != first)]
+    header = read_header(groups[0]) if len(groups) == 1 else {}
+    return Study(header, groups, order, first, reason, sorted(runs, key=lambda run: order.index(run.arm)), left_out, _images(runs, order))
+
+
+def axes(arm: str) -> dict[str, str]:
+    """Returns the settings in an arm's name: "prior=none, optim.learning_rate=0.0001" -> two entries."""
+    parts = re.split(r", (?=[a-z_]+(?:\.[a-z_]+)*=)", arm) if "=" in arm else []
+    return dict(part.split("=", 1) for part in parts)
+
+
+def read_header(group: str) -> dict[str, str]:
+    """Returns the header of an experiment's YAML by its words (Question, Command, Expected ...); {} if there is no such experiment."""
+    path = CONF / "experiment" / f"{group}.yaml"
+    found: dict[str, str] = {}
+    word = None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        if not line.startswith("#"):
+            break
+        match = re.match(r"# ([A-Z][a-z]+): +(.*)", line)
+        if match:
+            word = match[1]
+            found[word] = match[2].strip()
+        elif word is not None:
+            found[word] += " " + line.lstrip("# ").strip()
+    return found
+
+
+def _find(folders: Sequence[str | Path]) -> list[RunFolder]:
+    """Returns the runs of folders that are runs or hold them, each once."""
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        held = [folder] if (folder / "run.json").is_file() else sorted(path.parent for path in folder.glob("*/run.json"))
+        if not held:
+            raise UserError(str(folder), "must be a run folder or hold some", None, "give a folder that train.py made, as runs/prior")
+        paths += held
+    return [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+
+
+def _subject(run: RunFolder, config: Config) -> str:
+    """Returns the subject's word; a run that failed before it had read its photos is named by its folder of photos."""
+    try:
+        return subject_label(run, config)
+    except KeyError:
+        return f"{config.subject.class_noun}-{Path(str(config.data.subject_dir)).name}"
+
+
+def _scores(run: RunFolder) -> dict[str, Any] | None:
+    path = run.path / "scores.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _course(run: RunFolder) -> list[dict[str, float]]:
+    """Returns the scores that metrics.csv has for each evaluated step."""
+    rows = [row for row in MetricsFile(run.path / "metrics.csv").read() if row.get("score/identity_fidelity")]
+    return [
+        {"step": float(row["step"])} | {key.removeprefix("score/"): float(text) for key, text in row.items() if key.startswith("score/") and text}
+        for row in rows
+    ]
+
+
+def _check(runs: Sequence[ScoredRun], left_out: Sequence[LeftOut]) -> None:
+    if not runs:
+        got = "; ".join(f"{one.name} is {one.status!r}: {one.reason}" for one in left_out)
+        raise UserError("runs", "must hold a finished run with scores", got, "finish the runs by the same command, or score them: evaluate.py")
+    versions = {run.scores["evaluator"] for run in runs}
+    if len(versions) > 1:
+        raise UserError("runs", "must all have scores of one evaluator", " and ".join(sorted(versions)), "score them again: evaluate.py encoders=...")
+    seen: dict[tuple[str, str, int], str] = {}
+    for run in runs:
+        same, name = (run.arm, run.subject, run.config.seed), run.folder.path.name
+        if same in seen:
+            rule = f"must differ in subject, seed or a setting ({run.subject}, seed {run.config.seed})"
+            raise UserError("runs", rule, f"{seen[same]} and {name}", "leave one of them out")
+        seen[same] = name
+
+
+def _baseline(runs: Sequence[ScoredRun], arms: Sequence[str], asked: str | None) -> tuple[str, str]:
+    """Returns the baseline and why it is that one."""
+    if asked is not None:
+        fitting = [arm for arm in arms if arm == asked] or [arm for arm in arms if asked in arm]
+        if len(fitting) != 1:
+            raise UserError("--baseline", f"must name one of the arms {' | '.join(arms)}", asked, "give the whole name of one")
+        return fitting[0], "as asked for"
+    for arm in arms:
+        config = next(run.config for run in runs if run.arm == arm)
+        recipe = _recipe(config)
+        if arm != ONE_ARM and all(recipe.get(key, recipe.get(f"{key}.name")) == value for key, value in axes(arm).items()):
+            return arm, "its settings are the recipe's"
+    return arms[0], "the first of the sweep, as no arm has the recipe's settings"
+
+
+def _recipe(config: Config) -> dict[str, str]:
+    """Returns the settings that this base and subject get when nothing is asked for, as text by dotted name; {} where that cannot be told."""
+    plain, train = to_plain(config), CONF / "train.yaml"
+    if not train.is_file():
+        return {}
+    defaults = {
+        key: name for entry in OmegaConf.to_container(OmegaConf.load(train))["defaults"] if isinstance(entry, dict) for key, name in entry.items()
+    }
+    choices = {group: {"name": defaults[group]} for group in ("prior", "method", "objective", "optim", "encoders")}
+    kept = {"base": plain["base"], "subject": plain["subject"], "data": {"subject_dir": plain["data"]["subject_dir"]}}
+    try:
+        return _flat(to_plain(resolve(from_plain(kept | choices, "the recipe"))))
+    except UserError:
+        return {}
+
+
+def _flat(plain: dict[str, Any], above: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in plain.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": str(value)}
+    return found
+
+
+def _images(runs: Sequence[ScoredRun], order: Sequence[str]) -> pd.DataFrame:
+    """Returns the scores of every image of all runs; where the best step is the last one, it stands for both."""
+    frames = []
+    for run in sorted(runs, key=lambda run: order.index(run.arm)):
+        frame = pd.read_parquet(run.folder.path / "scores.parquet").assign(label=run.arm, subject=run.subject, seed=run.config.seed)
+        if not (frame.arm == "final").any():
+            frame = pd.concat([frame, frame[frame.arm == "best"].assign(arm="final")], ignore_index=True)
+        frames.append(frame.assign(run=run.folder.path.name))
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,220 @@
+"""The drawings of a report: SVG that follows the page's light or dark colours, and PNG for Markdown; each with its text alternative."""
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from dreambooth.comparison import Comparison
+from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.report_data import Study, axes
+from dreambooth.report_tables import ANSWERING, Point
+from dreambooth.statistics import Interval, hierarchical_interval
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")  # Okabe & Ito 2008: told apart by the colour-blind
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # so that colour is never the only sign
+INK = "#1c1b1a"  # becomes the page's own text colour
+RATE = "optim.learning_rate"
+TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}
+STYLE = {"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 11}
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+
+
+class Plot(NamedTuple):
+    """One drawing."""
+
+    name: str  # of its file
+    title: str
+    caption: str
+    alt: str  # what a reader who cannot see it needs to know, with its numbers
+    svg: str  # to be put into a page
+    png: bytes
+
+
+def trajectory(study: Study, points: Sequence[Point]) -> Plot | None:
+    """Returns the course of every arm in prompt alignment and identity fidelity, with intervals and the Pareto front; None without a course."""
+    x_key, y_key = "prompt_alignment", "identity_fidelity"
+    points = [point for point in points if {x_key, y_key} <= set(point.values)]
+    if not points:
+        return None
+
+    def draw(ax: Any) -> None:
+        for k, arm in enumerate(study.arms):
+            own = [point for point in points if point.arm == arm]
+            xs, ys = [[p.values[key].mean for p in own] for key in (x_key, y_key)]
+            ax.errorbar(
+                xs, ys, _whiskers([p.values[y_key] for p in own]), _whiskers([p.values[x_key] for p in own]), label=arm, elinewidth=0.8, **_look(k)
+            )
+            for p, x, y in zip(own, xs, ys, strict=True):
+                ax.annotate(str(p.step), (x, y), (4, 4), textcoords="offset points", fontsize=8, color=_look(k)["color"])
+        front = sorted((p.values[x_key].mean, p.values[y_key].mean) for p in points if p.on_front)
+        ax.plot(*zip(*front, strict=True), color=INK, lw=0.8, ls=":", marker="o", ms=11, mfc="none", label="Pareto front") if front else None
+        ax.set(xlabel="prompt alignment (right is better)", ylabel="identity fidelity (up is better)")
+
+    front = [f"{p.arm} at step {p.step}" for p in points if p.on_front]
+    ends = [f"{p.arm}, step {p.step}: fidelity {p.values[y_key].mean:.2f}, alignment {p.values[x_key].mean:.2f}" for p in points]
+    caption = "Numbers are steps; on the selection prompts. Whiskers: 95% intervals over subjects. Ringed: nothing else is better in both."
+    return _plot("trajectory", "Fidelity against alignment over steps", caption, f"{'; '.join(ends)}. Pareto front: {', '.join(front)}.", draw)
+
+
+def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) -> Plot | None:
+    """Returns bars of one score of every arm with its interval, and a line for the un-tuned base; None where it was not measured."""
+    if key not in comparisons:
+        return None
+    rows, info = comparisons[key].rows, TITLES[key]
+    base = study.base[study.base.kind == info.kind]
+    mark = hierarchical_interval(base[info.column], base.subject, base.seed.fillna(-1)).mean
+
+    def draw(ax: Any) -> None:
+        for k, row in enumerate(rows):
+            error = _whiskers([row.mean])
+            ax.bar(
+                k,
+                row.mean.mean,
+                0.6,
+                color=COLORS[k % len(COLORS)],
+                yerr=error,
+                ecolor=INK,
+                capsize=4,
+                hatch=("", "//", "..", "xx")[k % 4],
+                ec=INK,
+                lw=0.6,
+            )
+        ax.axhline(mark, color=INK, ls="--", lw=1, label="un-tuned base")
+        ax.axhline(0, color=INK, lw=0.6)
+        ax.set_xticks(range(len(rows)), [_wrapped(row.arm) for row in rows])
+        ax.set_ylabel(f"{info.title.lower()} ({info.direction} is better)")
+
+    values = "; ".join(f"{row.arm} {_said(row.mean)}" for row in rows)
+    where = "At the chosen step, on prompts that chose nothing" if study.has_arms else "On prompts that chose nothing"
+    return _plot(name, f"{info.title} ({name.upper()})", f"{info.sentence} {where}.", f"{info.title}: {values}; un-tuned base {mark:.2f}.", draw)
+
+
+def paired_dots(study: Study, key: str) -> Plot | None:
+    """Returns each subject's difference to the baseline, sorted, a row of dots an arm; None for one subject or where it was not measured."""
+    rows, baseline = study.compared()
+    found = subject_differences(rows, TITLES[key], baseline)
+    if found is None or found.subject.nunique() < 2:
+        return None
+    arms = list(dict.fromkeys(found.label))
+    order = list(found.groupby("subject").difference.mean().sort_values().index)
+
+    def draw(ax: Any) -> None:
+        for k, arm in enumerate(arms):
+            own = found[found.label == arm].set_index("subject").difference
+            ys = [order.index(subject) + (k - (len(arms) - 1) / 2) * 0.15 for subject in own.index]
+            ax.plot(own.to_numpy(), ys, label=arm, **(_look(k + 1) | {"ls": ""}))
+        ax.axvline(0, color=INK, lw=0.8)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(-0.6, len(order) - 0.4)
+        ax.set_xlabel(f"{TITLES[key].title.lower()}, minus {baseline}")
+
+    values = "; ".join(f"{row.subject}, {row.label} {row.difference:+.2f}" for row in found.itertuples())
+    caption = f"One dot a subject and arm, paired by prompt and noise, sorted; {TITLES[key].direction} is better."
+    return _plot(f"subjects_{key}", f"{TITLES[key].title} by subject", caption, f"Difference to {baseline}: {values}.", draw)
+
+
+def subject_differences(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> pd.DataFrame | None:
+    """Returns label, subject and difference: of images of the same subject, training seed, prompt and noise, arm minus baseline."""
+    rows = rows[rows.kind == info.kind]
+    if info.column not in rows.columns:
+        return None
+    rows = rows[["label", "subject", "seed", "template", "k", info.column]].dropna(subset=info.column)
+    own, other = rows[rows.label != baseline], rows[rows.label == baseline].drop(columns="label")
+    keys = ["subject", "template", "k"] + (["seed"] if other.seed.notna().all() else [])
+    pairs = own.merge(other.drop(columns=[] if "seed" in keys else "seed"), on=keys, suffixes=("", "_baseline"))
+    if pairs.empty:
+        return None
+    pairs = pairs.assign(difference=pairs[info.column] - pairs[f"{info.column}_baseline"])
+    runs = pairs.groupby(["label", "subject", "seed"], sort=False).difference.mean()
+    return runs.groupby(["label", "subject"], sort=False).mean().reset_index()
+
+
+def heat_maps(study: Study, points: Sequence[Point]) -> list[Plot]:
+    """Returns learning rate x step maps of identity fidelity and prompt alignment, one for each of the other settings; [] without such an axis."""
+    settings = {arm: axes(arm) for arm in study.arms}
+    rest = {arm: ", ".join(f"{key}={value}" for key, value in found.items() if key != RATE) for arm, found in settings.items() if RATE in found}
+    return [
+        plot
+        for n, other in enumerate(dict.fromkeys(rest.values()))
+        for key in ANSWERING[:2]
+        if (plot := _heat_map({arm: settings[arm][RATE] for arm in rest if rest[arm] == other}, other, points, key, n)) is not None
+    ]
+
+
+def _heat_map(rates: dict[str, str], other: str, points: Sequence[Point], key: str, number: int) -> Plot | None:
+    cells = {(float(rates[p.arm]), p.step): p.values[key].mean for p in points if p.arm in rates and p.step and key in p.values}
+    if len(rates) < 2 or not cells:
+        return None
+    frame = pd.Series(cells).unstack().sort_index(ascending=False)  # (rates, steps)
+
+    def draw(ax: Any) -> None:
+        picture = ax.pcolormesh(frame.to_numpy(), cmap="cividis", edgecolors="face")  # vector, and even in grey and to the colour-blind
+        low, high = picture.get_clim()
+        for y, x in ((y, x) for y in range(frame.shape[0]) for x in range(frame.shape[1])):
+            value = frame.iloc[y, x]
+            color = "#ffffff" if value < (low + high) / 2 else "#000000"
+            ax.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", color=color) if value == value else None
+        ax.set_xticks([x + 0.5 for x in range(frame.shape[1])], [str(step) for step in frame.columns])
+        ax.set_yticks([y + 0.5 for y in range(frame.shape[0])], [f"{rate:g}" for rate in frame.index])
+        ax.set(xlabel="step", ylabel="learning rate")
+
+    title = f"{TITLES[key].title}: learning rate x steps" + (f", {other}" if other else "")
+    alt = "; ".join(f"learning rate {rate:g}, step {step}: {value:.2f}" for (rate, step), value in sorted(cells.items()))
+    return _plot(f"heat_map_{key}_{number}", title, "On the selection prompts; one run of a rate gives all its steps.", f"{alt}.", draw)
+
+
+def _plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], None]) -> Plot:
+    """Returns a drawing in both forms."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    svg, png = io.StringIO(), io.BytesIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(4.8, 3.7), layout="constrained")  # narrow, so that its letters can be read on a phone
+        ax = figure.subplots()
+        draw(ax)
+        handles, labels = ax.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, [_wrapped(label, 60) for label in labels], loc="outside lower center", fontsize=9)
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(png, format="png", dpi=120, facecolor="white", metadata={"Software": None})
+    return Plot(name, title, caption, alt, _inline(svg.getvalue(), name), png.getvalue())
+
+
+def _inline(svg: str, name: str) -> str:
+    """Returns an SVG as it can stand in a page among others: colours as the page's variables, its own ids, no fixed size."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    svg = re.sub(r"(font:[^;\"']*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    svg = svg.replace(INK, "currentColor")
+    for number, color in enumerate(COLORS):
+        svg = svg.replace(color, f"var(--arm-{number})")
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1).strip()
+
+
+def _look(k: int) -> dict[str, Any]:
+    return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)], "ls": LINES[k % len(LINES)], "ms": 5, "lw": 1.4}
+
+
+def _whiskers(intervals: Sequence[Interval]) -> list[list[float]] | None:
+    """Returns how far the intervals reach below and above their means, (2, n); None where there are none."""
+    if any(interval.low is None for interval in intervals):
+        return None
+    low = [max(0.0, i.mean - i.low) for i in intervals]
+    return [low, [max(0.0, i.high - i.mean) for i in intervals]]
+
+
+def _said(interval: Interval) -> str:
+    return f"{interval.mean:.2f}" + (f" ({interval.low:.2f} to {interval.high:.2f})" if interval.low is not None else "")
+
+
+def _wrapped(text: str, width: int = 18) -> str:
+    return "\n".join(textwrap.wrap(text, width))

@@ -1,0 +1,348 @@
+"""A study -> its answer in a sentence and its tables, as text cells that a page and a Markdown file show alike."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from dreambooth.combined_scores import REFERENCE_WORDS
+from dreambooth.comparison import ArmRow, Comparison, compare_arms
+from dreambooth.config import to_plain
+from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.report_data import ScoredRun, Study
+from dreambooth.scoring import pair_mean_pseudovalues
+from dreambooth.statistics import FEWEST_UNITS, Interval, bootstrap_interval, describe, hierarchical_interval
+
+SHOWN_P = 0.05  # what the answer calls a difference that the test bears out
+ANSWERING = ("identity_fidelity", "prompt_alignment", "drift", "class_diversity")  # what was learned, and the paper's PRES and DIV
+BY_INTERVAL = "by the interval alone"
+BY_INTERVAL_WORDS = (
+    f'"{BY_INTERVAL.capitalize()}": the interval leaves out 0, but the test, corrected for the number of arms, stays above {SHOWN_P:g}.'
+)
+STEP_WORDS = {"best": "chosen step", "final": "last step"}
+
+
+class Table(NamedTuple):
+    """A table of text cells: the first column names the row."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+class Point(NamedTuple):
+    """One arm at one step of training, on the selection prompts, over its subjects and seeds."""
+
+    arm: str
+    step: int
+    values: dict[str, Interval]  # by the key of the score
+    on_front: bool = False  # no other tuned point is better in fidelity and not worse in alignment, nor the other way round
+
+
+def compare(study: Study, step: str = "best") -> dict[str, Comparison]:
+    """Returns each measured score of the arms against the baseline, paired; with fewer than 3 subjects, over the prompts of those there are.
+
+    Args:
+        study: the runs.
+        step: "best" or "final"; a study of one arm holds both against the un-tuned base.
+    """
+    rows, baseline = study.compared(step)
+    found = {info.key: _compare_one(rows, info, baseline) for info in METRICS}
+    return {key: comparison for key, comparison in found.items() if comparison is not None}
+
+
+def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
+    """Returns the answer: a sentence for each arm, with the paired difference of each leading score, its interval, and what it cannot tell."""
+    known = [info for info in METRICS if info.key in ANSWERING and info.key in comparisons]
+    if not known:
+        return ["Nothing can be said: none of the leading scores was measured in the baseline."]
+    sentences = []
+    for arm in dict.fromkeys(row.arm for info in known for row in comparisons[info.key].rows[1:]):
+        told, untold = [], []
+        for info in known:
+            row = next((row for row in comparisons[info.key].rows if row.arm == arm), None)
+            if row is not None:
+                (told if is_told(row.difference) else untold).append(f"{_lower(info.title)} {_in_words(row, info)}")
+        where, over = f" at the {STEP_WORDS['best']}" if study.has_arms else "", _over(known, comparisons, arm)
+        parts = ["; ".join(told)] if told else []
+        parts += [f"it cannot be told whether anything changed in {'; '.join(untold)}"] if untold else []
+        sentences.append(f"{arm} against {comparisons[known[0].key].baseline}{where}: {'; and '.join(parts)}{over}.")
+    return sentences or ["There is nothing to compare yet: no arm but the baseline has scores."]
+
+
+def caution(study: Study) -> str | None:
+    """Returns what the intervals do not speak of: other subjects, where there are fewer than 3; None where there are enough."""
+    count = len(study.subjects)
+    if count >= FEWEST_UNITS:
+        return None
+    words = f"Too few subjects ({count}) to say anything of others: {FEWEST_UNITS} are the fewest, 5 or more are advisable."
+    return f"{words} The intervals are over prompts (images, for the class), of {'this subject' if count == 1 else 'these two'} alone."
+
+
+def is_told(difference: Interval | None) -> bool:
+    """Tells whether a difference has an interval that leaves out 0."""
+    return difference is not None and difference.low is not None and not difference.low <= 0 <= difference.high
+
+
+def verdict(row: ArmRow, info: MetricInfo) -> str:
+    """Returns what a difference to the baseline says, in words: better, worse, or that it cannot be told."""
+    d = row.difference
+    if d is None:
+        return "baseline"
+    if d.low is None:
+        return f"cannot be told: {d.n} {d.unit}{'' if d.n == 1 else 's'}"
+    if not is_told(d):
+        return "cannot be told"
+    is_better = (d.mean > 0) == (info.direction == "up")
+    words = (info.better if is_better else info.worse) or ("better" if is_better else "worse")
+    return f"{words}, {BY_INTERVAL}" if row.holm_p > SHOWN_P else words
+
+
+def score_tables(study: Study, best: dict[str, Comparison], last: dict[str, Comparison]) -> list[Table]:
+    """Returns the tables of scores: means with reference rows, paired differences, kinds of prompt, subjects."""
+    tables = [_means(study, best, last), _differences("Differences", best)]
+    if study.has_arms:
+        tables.append(_differences("Differences at the last step", last))
+    kinds = _by_kind(study)
+    return [*tables, *([kinds] if kinds else []), _by_subject(study, best)]
+
+
+def course(study: Study) -> list[Point]:
+    """Returns the points of every arm's course, in order of steps, with the Pareto front of fidelity and alignment among tuned ones."""
+    points = []
+    for arm in study.arms:
+        rows = pd.DataFrame([row | {"subject": run.subject, "seed": run.config.seed} for run in study.of_arm(arm) for row in run.course])
+        for step, at in rows.groupby("step") if len(rows) else ():
+            keys = [key for key in ANSWERING if key in at.columns and at[key].notna().any()]
+            points.append(Point(arm, int(step), {key: hierarchical_interval(at[key], at.subject, at.seed) for key in keys}))
+    placed = {k: tuple(p.values[key].mean for key in ANSWERING[:2]) for k, p in enumerate(points) if p.step and set(ANSWERING[:2]) <= set(p.values)}
+    front = {k for k, own in placed.items() if not any(_dominates(other, own) for other in placed.values())}
+    return [point._replace(on_front=k in front) for k, point in enumerate(points)]
+
+
+def course_table(points: Sequence[Point]) -> Table:
+    """Returns the table of the course: what the drawing of it shows."""
+    titles = {info.key: info.title for info in METRICS}
+    header = ["arm and step", *(titles[key] for key in ANSWERING), "Pareto front"]
+    rows = [
+        [f"{p.arm}, step {p.step}", *(_short(p.values[key]) if key in p.values else "-" for key in ANSWERING), "yes" if p.on_front else ""]
+        for p in points
+    ]
+    note = "On the selection prompts, those that choose the step; the other tables are on prompts that chose nothing."
+    return Table("Scores by step of training", note, header, rows)
+
+
+def cost_table(study: Study) -> Table:
+    """Returns what each arm cost: mean over its runs of seconds, memory, size of the learned tensors, and money where a price is set."""
+    rows = []
+    for arm in study.arms:
+        runs = study.of_arm(arm)
+        parts = [run.folder.record.get("seconds", {}) for run in runs]
+        total = [sum(part.values()) for part in parts]
+        prices = [run.config.price_per_hour * s / 3600 for run, s in zip(runs, total, strict=True) if run.config.price_per_hour is not None]
+        rows.append(
+            [
+                arm,
+                str(len(runs)),
+                _mean([part.get("training") for part in parts], 1, "s"),
+                _mean(total, 1, "s"),
+                _mean([run.folder.record.get("peak_memory_bytes") for run in runs], 1e9, "GB"),
+                _mean([run.folder.record.get("peak_gpu_memory_bytes") for run in runs], 1e9, "GB"),
+                _mean([_weights_bytes(run) for run in runs], 1e6, "MB"),
+                _mean(prices, 1, ""),
+            ]
+        )
+    header = ["arm", "runs", "training", "whole run", "peak memory", "peak GPU memory", "learned tensors", "price"]
+    return Table("Costs", "Means over the runs of an arm; a run in the same process as others has the process's peak memory.", header, rows)
+
+
+def left_out_table(study: Study) -> Table | None:
+    """Returns the runs that failed, were not finished or have no scores, with the reason; None where there are none."""
+    if not study.left_out:
+        return None
+    words = {"failed": "failed", "running": "not finished", "done": "not scored"}
+    rows = [[one.name, one.arm, one.subject, str(one.seed), words.get(one.status, one.status), one.reason] for one in study.left_out]
+    return Table("Failed and unfinished runs", "They are in no figure above.", ["run", "arm", "subject", "seed", "state", "reason"], rows)
+
+
+def reproducibility(study: Study) -> Table:
+    """Returns what it takes to get the same numbers again: code, inputs, evaluator, prompts, seeds, versions, hours."""
+    records, configs = [run.folder.record for run in study.runs], [run.config for run in study.runs]
+    first = configs[0]
+    versions = {f"{name} {version}" for record in records for name, version in record.get("versions", {}).items()}
+    hours = sum(sum(record.get("seconds", {}).values()) for record in records) / 3600
+    rule = first.evaluation
+    limits = f"alignment at least {rule.min_alignment_ratio:g} times, drift at most {rule.max_drift_gain:g} above the un-tuned base's"
+    entries = {
+        "command": [study.header["Command"]] if "Command" in study.header else [],
+        "code": sorted({str(record.get("git_revision")) for record in records}),
+        "base": [str(path) for path in dict.fromkeys(config.base.path for config in configs)],
+        **{f"digest of {name.replace('_', ' ')}": _digests(records, name) for name in ("base", "photos", "class_images")},
+        "evaluator": [str(study.runs[0].scores["evaluator"])],
+        "selection prompts": [_prompts([config.evaluation.selection_prompts for config in configs])],
+        "final prompts": [_prompts([config.evaluation.final_prompts for config in configs])],
+        "the step is chosen by": [f"highest identity fidelity on the selection prompts with {limits}"],
+        "chosen steps": [f"{arm}: {', '.join(str(run.folder.record.get('best_step')) for run in study.of_arm(arm))}" for arm in study.arms],
+        "subjects": study.subjects,
+        "training seeds": sorted({str(config.seed) for config in configs}),
+        "evaluation seed": sorted({str(config.evaluation.seed) for config in configs}),
+        "sampling": sorted({", ".join(f"{key} {value}" for key, value in to_plain(config.sampling).items()) for config in configs}),
+        "versions": [", ".join(sorted(versions))] + sorted({f"Python {record.get('python')}" for record in records}),
+        "run": [f"{min(r.get('started', '') for r in records)} to {max(r.get('finished', '') for r in records)}, {hours:.2f} hours of work in all"],
+        "run folders": [run.folder.path.name for run in study.runs],
+    }
+    rows = [[key, "; ".join(values)] for key, values in entries.items() if values]
+    return Table("To get the same numbers again", "", ["", ""], rows)
+
+
+def _compare_one(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> Comparison | None:
+    rows = rows[rows.kind == info.kind]
+    if info.column not in rows.columns or not rows.loc[rows.label == baseline, info.column].notna().any():
+        return None
+    rows = rows[["label", "subject", "seed", "template", "k", info.column]].dropna(subset=info.column)
+    rows = rows.rename(columns={info.column: info.key, "template": "prompt", "k": "noise"})
+    if rows.subject.nunique() >= FEWEST_UNITS:
+        return compare_arms(rows, info.key, baseline, arm="label", pairs=("prompt", "noise"))
+    if info.kind != "class":
+        return compare_arms(rows, info.key, baseline, arm="label", cluster="prompt", pairs=("subject", "noise"))
+    if info.column == "diversity":  # a mean over pairs of images
+        by_run = rows.groupby(["label", "subject", "seed", "prompt"], dropna=False)[info.key]
+        rows = rows.assign(**{info.key: by_run.transform(lambda values: pair_mean_pseudovalues(values.to_numpy(float)))})
+    return compare_arms(rows.rename(columns={"noise": "image"}), info.key, baseline, arm="label", cluster="image", pairs=("subject", "prompt"))
+
+
+def _means(study: Study, best: dict[str, Comparison], last: dict[str, Comparison]) -> Table:
+    """Returns the mean of every headline score of the arms, with reference rows above."""
+    shown = [info for info in METRICS if info.is_headline and info.key in best]
+    rows = [[REFERENCE_WORDS.get(name, name), *(_reference(study, name, info) for info in shown)] for name in study.runs[0].scores["references"]]
+    if study.has_arms:
+        for label, images in study.base.groupby("label", sort=False):
+            rows.append([label, *(_base_mean(images, info) for info in shown)])
+    for step, comparisons in (("best", best), ("final", last)) if study.has_arms else (("", best),):
+        for arm in dict.fromkeys(row.arm for found in comparisons.values() for row in found.rows):
+            cells = [next((_short(row.mean) for row in comparisons[info.key].rows if row.arm == arm), "-") for info in shown]
+            rows.append([f"{arm}, {STEP_WORDS[step]}" if step else arm, *cells])
+    note = f"Means over images, then runs, then subjects, on prompts that chose nothing. {best[shown[0].key].sentence}" if shown else ""
+    header = ["", *(f"{info.title} ({'higher' if info.direction == 'up' else 'lower'} is better)" for info in shown)]
+    return Table("Scores", note, header, rows)
+
+
+def _differences(title: str, comparisons: dict[str, Comparison]) -> Table:
+    """Returns the paired difference of each arm to the baseline for every headline score, with its test and what it says."""
+    rows, sentence, baseline = [], "", ""
+    for info in METRICS:
+        if not info.is_headline or info.key not in comparisons:
+            continue
+        comparison = comparisons[info.key]
+        sentence, baseline = sentence or comparison.sentence, comparison.baseline
+        for row in comparison.rows[1:]:
+            p = [_p(row.test.p), _p(row.holm_p)] if row.test else ["", ""]
+            rows.append([info.title, row.arm, _signed(row.difference), *p, verdict(row, info)])
+    note = f"{sentence} {BY_INTERVAL_WORDS}" if any(BY_INTERVAL in cell for row in rows for cell in row) else sentence
+    return Table(f"{title}, each minus {baseline}", note, ["score", "arm", "difference", "p", "p (Holm)", "in words"], rows)
+
+
+def _by_kind(study: Study) -> Table | None:
+    """Returns the subject's scores by what the prompts ask for; None where all ask for the same."""
+    rows, _ = study.compared()
+    rows = rows[rows.kind == "subject"]
+    if rows.prompt_kind.nunique() < 2:
+        return None
+    shown = [i for i in METRICS if i.kind == "subject" and i.is_headline and i.column in rows.columns and rows[i.column].notna().any()]
+    cells = [
+        [f"{label}, {kind} ({len(part)} images)", *(_macro(part, info.column) for info in shown)]
+        for (label, kind), part in rows.groupby(["label", "prompt_kind"], sort=False)
+    ]
+    note = "A property or an accessory changes the subject by design, so identity fidelity is lower there."
+    return Table("By kind of prompt", note, ["", *(info.title for info in shown)], cells)
+
+
+def _by_subject(study: Study, comparisons: dict[str, Comparison]) -> Table:
+    rows, _ = study.compared()
+    shown = [info for info in METRICS if info.is_headline and info.key in comparisons]
+    cells = []
+    for (subject, label), part in rows.groupby(["subject", "label"], sort=False):
+        means = [part[part.kind == info.kind].groupby("seed", dropna=False)[info.column].mean().mean() for info in shown]
+        cells.append([f"{subject}, {label}", *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in means)])
+    return Table("Each subject", "Means over its images, then its training seeds.", ["", *(info.title for info in shown)], cells)
+
+
+def _reference(study: Study, name: str, info: MetricInfo) -> str:
+    values = [run.scores["references"].get(name, {}).get(info.key) for run in study.runs]
+    interval = bootstrap_interval([math.nan if v is None else v for v in values], [run.subject for run in study.runs], unit="subject")
+    return "-" if math.isnan(interval.mean) else _short(interval)
+
+
+def _base_mean(images: pd.DataFrame, info: MetricInfo) -> str:
+    rows = images[images.kind == info.kind]
+    return _macro(rows, info.column) if info.column in rows.columns else "-"
+
+
+def _macro(rows: pd.DataFrame, column: str) -> str:
+    if not rows[column].notna().any():
+        return "-"
+    return _short(hierarchical_interval(rows[column], rows.subject, rows.seed.fillna(-1)))
+
+
+def _in_words(row: ArmRow, info: MetricInfo) -> str:
+    d = row.difference
+    if d.low is None:
+        return f"{d.mean:+.3f} (no interval, {d.n} {d.unit}{'' if d.n == 1 else 's'})"
+    words = f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+    return f"{words}, {verdict(row, info)}" if is_told(d) else words
+
+
+def _over(known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arm: str) -> str:
+    """Returns what an arm's intervals are over: " (95% intervals over 4 prompts and 12 images)"; "" if there are none."""
+    rows = [row for info in known for row in comparisons[info.key].rows if row.arm == arm and row.difference and row.difference.low is not None]
+    units = dict.fromkeys(f"{row.difference.n} {row.difference.unit}s" for row in rows)
+    return f" (95% intervals over {' and '.join(units)})" if units else ""
+
+
+def _short(interval: Interval) -> str:
+    """Returns a mean, with its interval where there is one; never "-0.000"."""
+    text = describe(interval, 3) if interval.low is not None else f"{interval.mean:.3f}"
+    return re.sub(r"-(0\.0+)(?!\d)", r"\1", text)
+
+
+def _signed(d: Interval | None) -> str:
+    if d is None:
+        return ""
+    return f"{d.mean:+.3f}" + (f" ({d.low:+.3f} to {d.high:+.3f})" if d.low is not None else f" (no interval: {d.n} {d.unit}s)")
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2g}" if value >= 0.001 else "<0.001"
+
+
+def _mean(values: Sequence[float | None], unit: float, word: str) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known) / unit:.2f} {word}".strip() if known else "-"
+
+
+def _weights_bytes(run: ScoredRun) -> int | None:
+    path = run.folder.path / "checkpoints" / "best.safetensors"
+    return path.stat().st_size if path.is_file() else None
+
+
+def _digests(records: Sequence[dict[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(record["digests"][name][:16] for record in records if record["digests"].get(name)))
+
+
+def _prompts(lists: Sequence[Sequence[str] | None]) -> str:
+    texts = list(dict.fromkeys(text for prompts in lists for text in prompts or []))
+    shown = ", ".join(f'"{text}"' for text in texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+    return f"{shown} (SHA-256 {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]})"
+
+
+def _lower(title: str) -> str:
+    return title if title[:2].isupper() else title[0].lower() + title[1:]

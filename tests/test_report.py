@@ -1,0 +1,338 @@
+"""The report: what tells arms apart, what the answer rests on, what is shown of failures, and that every picture can be read aloud."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dreambooth.__main__ import main
+from dreambooth.config import Config, to_plain
+from dreambooth.errors import UserError
+from dreambooth.evaluation import final_plan, image_names, selection_plan
+from dreambooth.report import Report, Section, render, write_report
+from dreambooth.report_data import axes, read_header, read_study
+from dreambooth.report_figures import TITLES, heat_maps, subject_differences
+from dreambooth.report_pictures import panels
+from dreambooth.report_tables import Table, answer, caution, compare, cost_table, course
+
+SUBJECTS = ("cat", "dog", "vase")
+STEPS = (0, 10, 20)
+SHOWN = {  # of the evaluation of every run
+    "evaluation.selection_prompts": ["a photo of a {subject} at night"],
+    "evaluation.selection_images": 2,
+    "evaluation.class_images": 3,
+    "evaluation.final_prompts": ["a photo of a {subject} in the snow", "a {subject} on the moon"],
+    "evaluation.final_images": 2,
+    "evaluation.other_images": 1,
+}
+
+
+def write_run(folder: Path, config: Config, gain: float = 0.5, drift: float = 0.1, status: str = "done", error: str | None = None) -> Path:
+    """Writes a run as train.py leaves it: identity is the subject's own level, its noise, and `gain` once tuned."""
+    plain = to_plain(config)
+    level = 0.1 * SUBJECTS.index(config.subject.name)
+    folder.mkdir(parents=True)
+    record = {"status": status, "error": error, "fingerprint": "0" * 8, "config": plain, "digests": {"base": "b" * 64, "photos": "p" * 64}}
+    record |= {
+        "started": f"2026-01-01T00:{len(list(folder.parent.iterdir())):02}",
+        "finished": "2026-01-02",
+        "seconds": {"training": 60.0, "rest": 30.0},
+    }
+    record |= {"best_step": 10, "versions": {"torch": "2"}, "peak_memory_bytes": 2e9, "git_revision": "abc", "python": "3.11"}
+    (folder / "run.json").write_text(json.dumps(record))
+    if status != "done":
+        return folder
+    rows = [(step, level + gain * (step > 0) - 0.05 * (step == 20), 0.3 - 0.001 * step, drift) for step in STEPS]
+    header = "step,score/identity_fidelity,score/prompt_alignment,score/drift\n"
+    (folder / "metrics.csv").write_text(header + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    rng = np.random.default_rng(3)
+    for k in range(2):
+        write_png(folder / "photos" / f"{k:03}.png", rng)
+    for step in STEPS:
+        for name in image_names(selection_plan(config)):
+            write_png(folder / "samples" / f"step-{step:06}" / name, rng)
+    items, frames = final_plan(config), []
+    for arm, step in (("base", 0), ("best", 10), ("final", 20)):
+        tuned = arm != "base"
+        for item, name in zip(items, image_names(items), strict=True):
+            write_png(folder / "samples" / "final" / arm / name, rng)
+            identity = level + 0.03 * item.key[-1] + (0.0 if not tuned else gain + 0.2 * (arm == "final") if item.kind == "subject" else drift)
+            frames.append(
+                {"arm": arm, "step": step, "kind": item.kind, "prompt_kind": "", "template": item.template, "prompt": item.prompt, "k": item.key[-1]}
+                | {"identity": identity, "alignment": 0.3 if item.kind == "subject" else np.nan, "diversity": 0.5 - 0.2 * tuned}
+                | {"nearest_photo": 0.5, "nearest_photo_index": 1, "run": folder.name}
+            )
+    pd.DataFrame(frames).to_parquet(folder / "scores.parquet", index=False)
+    scores = {"evaluator": "tiny 1", "missing": None, "unit": "", "references": {"real_photos": {"identity_fidelity": 0.9}}}
+    scores["rows"] = [{"arm": arm, "step": step} for arm, step in (("base", 0), ("best", 10), ("final", 20))]
+    (folder / "scores.json").write_text(json.dumps(scores))
+    return folder
+
+
+def write_png(path: Path, rng: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def write_group(make_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Path]:
+    """Gives `write_group([(changes, gain, drift), ...])`: the folder of one run for every arm, subject and seed."""
+
+    def write(
+        arms: Sequence[tuple[dict, float, float]], subjects: Sequence[str] = SUBJECTS, seeds: Sequence[int] = (0, 1), group: str = "prior"
+    ) -> Path:
+        for number, (changes, gain, drift) in enumerate(arms):
+            for subject in subjects:
+                for seed in seeds:
+                    config = make_config(SHOWN | changes | {"subject.name": subject, "seed": seed, "group": group})
+                    write_run(tmp_path / group / f"run-{number}-{subject}-{seed}", copy.deepcopy(config), gain, drift)
+        return tmp_path / group
+
+    return write
+
+
+@pytest.fixture
+def prior_group(write_group: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prior preservation off (fidelity 0.6, drift 0.4 above the base's) and on (0.5 and 0.1); off was started first."""
+    kept = tmp_path_factory.getbasetemp() / "prior_group"
+    if not kept.is_dir():
+        shutil.copytree(write_group([({"prior.name": "none"}, 0.6, 0.4), ({}, 0.5, 0.1)]), kept)
+    shutil.copytree(kept, tmp_path / "prior", dirs_exist_ok=True)
+    return tmp_path / "prior"
+
+
+class Written(NamedTuple):
+    """A report that was written once, to be looked at."""
+
+    runs: Path
+    folder: Path
+    html: str
+    markdown: str
+
+
+@pytest.fixture
+def written(prior_group: Path, make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The report of the prior group with one failed run."""
+    runs = tmp_path_factory.getbasetemp() / "written"
+    if not runs.is_dir():
+        shutil.copytree(prior_group, runs)
+        config = make_config(SHOWN | {"prior.name": "none", "subject.name": "dog", "seed": 2, "group": "prior"})
+        write_run(runs / "run-failed", config, status="failed", error="ValueError: loss is <nan>")
+        write_report([runs])
+    return Written(runs, runs, (runs / "report.html").read_text(), (runs / "report.md").read_text())
+
+
+class Images(HTMLParser):
+    """Collects what a page shows as pictures, with their text alternatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str | None] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        has = dict(attributes)
+        if tag == "img":
+            self.found.append(has.get("alt"))
+        if has.get("role") == "img":
+            self.found.append(has.get("aria-label"))
+        self.fetched += [value for key, value in attributes if key in ("src", "srcset") or (tag == "link" and key == "href")]
+
+
+def test_axes_are_the_settings_that_differ_but_subject_and_seed(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    assert sorted(study.arms) == ["prior=class_images", "prior=none"]
+    assert (study.subjects, len(study.runs)) == (list(SUBJECTS), 12)
+
+
+def test_axes_of_a_name_keep_commas_in_a_list() -> None:
+    assert axes("optim.learning_rate=0.1, prior.prompts=['a', 'b']") == {"optim.learning_rate": "0.1", "prior.prompts": "['a', 'b']"}
+
+
+def test_baseline_is_the_arm_with_the_recipe_whatever_ran_first(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    assert (study.baseline, study.baseline_reason) == ("prior=class_images", "its settings are the recipe's")
+
+
+def test_baseline_is_the_first_arm_where_none_has_the_recipe(write_group: Callable[..., Path]) -> None:
+    study = read_study([write_group([({"optim.learning_rate": rate}, 0.5, 0.1) for rate in (3e-4, 7e-5)], seeds=(0,))])
+    assert study.baseline == "optim.learning_rate=0.0003"
+
+
+def test_baseline_that_is_asked_for_turns_the_differences_round(prior_group: Path) -> None:
+    ours, asked = (compare(read_study([prior_group], baseline)) for baseline in (None, "none"))
+    assert ours["drift"].rows[1].difference.mean == pytest.approx(0.3)
+    assert asked["drift"].rows[1].difference.mean == pytest.approx(-0.3)
+
+
+def test_baseline_that_is_no_arm_is_refused(prior_group: Path) -> None:
+    with pytest.raises(UserError, match="must name one of the arms"):
+        read_study([prior_group], "lora")
+
+
+def test_difference_is_paired_so_what_subjects_share_does_not_widen_it(prior_group: Path) -> None:
+    row = compare(read_study([prior_group]))["identity_fidelity"].rows[1]
+    assert row.mean.high - row.mean.low == pytest.approx(0.2, abs=1e-6)  # subjects lie at 0, 0.1 and 0.2
+    assert (row.difference.low, row.difference.high) == (pytest.approx(0.1), pytest.approx(0.1))  # each subject gains the same
+
+
+def test_answer_names_the_difference_with_its_interval_and_what_cannot_be_told(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    (sentence,) = answer(study, compare(study))
+    assert "prior=none against prior=class_images at the chosen step" in sentence
+    assert "drift of the class +0.300 (+0.300 to +0.300), the class moved towards the subject, by the interval alone" in sentence
+    assert re.search(r"cannot be told whether anything changed in prompt alignment \+0\.000 .*95% intervals over 3 subjects", sentence)
+
+
+def test_scores_are_those_of_the_step_that_the_selection_prompts_chose(prior_group: Path) -> None:
+    """On the final prompts the last step is more faithful by 0.2; it must not become the chosen one."""
+    study = read_study([prior_group])
+    subject_levels = 0.1 + 0.015  # mean level of the subjects and of the two noises
+    assert compare(study, "best")["identity_fidelity"].rows[0].mean.mean == pytest.approx(subject_levels + 0.5)
+    assert compare(study, "final")["identity_fidelity"].rows[0].mean.mean == pytest.approx(subject_levels + 0.7)
+
+
+def test_best_step_stands_for_the_last_one_where_they_are_the_same(prior_group: Path) -> None:
+    for path in prior_group.glob("*/scores.parquet"):
+        frame = pd.read_parquet(path)
+        frame[frame.arm != "final"].to_parquet(path)
+    study = read_study([prior_group])
+    assert compare(study, "final")["drift"].rows[1].difference.mean == pytest.approx(0.3)
+
+
+def test_course_has_every_step_of_a_run_and_its_front(prior_group: Path) -> None:
+    points = course(read_study([prior_group]))
+    assert [(point.arm, point.step) for point in points] == [(arm, step) for arm in ("prior=class_images", "prior=none") for step in STEPS]
+    assert [(point.arm, point.step) for point in points if point.on_front] == [("prior=none", 10)]  # best in both: 0.7 and 0.29
+    assert points[1].values["identity_fidelity"].mean == pytest.approx(0.6)
+
+
+def test_subject_difference_is_of_the_same_prompt_and_noise(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    images = study.compared()[0]
+    images = images[(images.label == "prior=class_images") | (images.k == 1)]  # unpaired, the noise's 0.03 would come on top
+    found = subject_differences(images, TITLES["identity_fidelity"], study.baseline)
+    assert found.difference.tolist() == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_arm_whose_runs_all_failed_is_still_named(write_group: Callable[..., Path], make_config: Callable[..., Config]) -> None:
+    folder = write_group([({}, 0.5, 0.1)])
+    config = make_config(SHOWN | {"prior.name": "none", "subject.name": "dog", "seed": 0, "group": "prior"})
+    write_run(folder / "run-failed", config, status="failed", error="out of memory")
+    (left,) = read_study([folder]).left_out
+    assert "prior=none" in left.arm and left.reason == "out of memory"
+
+
+def test_folder_without_a_scored_run_is_refused_with_the_reasons(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    write_run(tmp_path / "g" / "run-a", make_config({"subject.name": "dog"}), status="failed", error="out of memory")
+    with pytest.raises(UserError, match="out of memory"):
+        read_study([tmp_path / "g"])
+
+
+def test_two_runs_that_nothing_tells_apart_are_refused(prior_group: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    (prior_group / "run-0-cat-0").rename(tmp_path / "copy" / "a")
+    shutil.copytree(tmp_path / "copy" / "a", prior_group / "run-0-cat-0")
+    with pytest.raises(UserError, match="must differ in subject, seed or a setting"):
+        read_study([prior_group, tmp_path / "copy"])
+
+
+def test_pictures_of_all_arms_share_subject_prompts_and_noise(prior_group: Path) -> None:
+    found = [panel for panel in panels(read_study([prior_group]), seed=4) if panel.name.startswith("steps_")]
+    files = [[[cell and cell.path.name for cell in row.pictures] for row in panel.rows] for panel in found]
+    assert len(found) == 2 and files[0] == files[1]
+    assert len({tuple(row) for row in files[0][1:]}) == 1  # down a column, the same noise at every step
+    assert {cell.path.parents[2].name.split("-", 2)[2] for panel in found for cell in panel.rows[1].pictures} in (
+        {f"{subject}-{seed}"} for subject in SUBJECTS for seed in (0, 1)
+    )
+
+
+def test_pictures_are_drawn_by_the_seed_and_not_by_scores(prior_group: Path) -> None:
+    def shown(seed: int) -> list[str]:
+        return [str(cell.path) for panel in panels(read_study([prior_group]), seed) for row in panel.rows for cell in row.pictures if cell]
+
+    before = shown(0)
+    for path in prior_group.glob("*/scores.parquet"):
+        frame = pd.read_parquet(path)
+        frame.assign(identity=-frame.identity).to_parquet(path)
+    assert shown(0) == before
+    assert any(shown(seed) != before for seed in (1, 2, 3))
+
+
+def test_single_setting_is_held_against_the_untuned_base(write_group: Callable[..., Path]) -> None:
+    study = read_study([write_group([({}, 0.5, 0.1)], seeds=(0,))])
+    found = compare(study)["identity_fidelity"]
+    assert (found.baseline, [row.arm for row in found.rows]) == ("un-tuned base", ["un-tuned base", "best step", "last step"])
+    assert found.rows[1].difference.mean == pytest.approx(0.5)
+
+
+def test_failed_run_is_listed_with_its_error(written: Written) -> None:
+    assert "loss is &lt;nan&gt;" in written.html and "run-failed" in written.markdown
+    assert "1 failed or unfinished" in written.html
+
+
+def test_every_picture_of_the_page_has_a_text_alternative(written: Written) -> None:
+    page = Images()
+    page.feed(written.html)
+    assert len(page.found) > 30 and all(page.found)
+    assert written.html.count("<svg") == len(re.findall(r'<div role="img" aria-label="[^"]+">', written.html)) >= 7
+    assert all(alt.strip() for alt in re.findall(r"!\[(.*?)\]\(", written.markdown))
+
+
+def test_page_fetches_nothing_and_markdown_shows_what_is_there(written: Written) -> None:
+    page = Images()
+    page.feed(written.html)
+    assert page.fetched and all(source.startswith("data:image/") for source in page.fetched)
+    assert "<script" not in written.html and "url(http" not in written.html
+    pictures = re.findall(r"\]\((.*?\.png)\)", written.markdown)
+    assert len(pictures) >= 9 and all((written.folder / name).is_file() for name in pictures)
+
+
+def test_ids_of_the_page_are_unique(written: Written) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', written.html)
+    assert len(ids) == len(set(ids)) > 20
+
+
+def test_header_of_an_experiment_gives_the_question(written: Written) -> None:
+    assert read_header("prior")["Question"].startswith("what does the prior-preservation loss keep")
+    assert "What does the prior-preservation loss keep" in written.markdown.splitlines()[0]
+    assert read_header("no such experiment") == {}
+
+
+def test_page_escapes_what_comes_from_outside() -> None:
+    report = Report(
+        "a <b>", "<script>", ["x < y"], None, "", {"Expected": "<i>"}, [Section("<u>", [], [], [Table("<p>", "<q>", ["<s>"], [["<em>"]])])]
+    )
+    assert not re.findall(r"<(?:b|script|i|u|q|s|em)>", render(report, "report.html.jinja"))
+
+
+def test_command_writes_the_same_files_again(written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(written.runs), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "report.html"), str(tmp_path / "out" / "report.md")]
+    assert (tmp_path / "out" / "report.html").read_text() == written.html
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+
+
+def test_heat_maps_come_with_a_learning_rate_axis(write_group: Callable[..., Path]) -> None:
+    study = read_study([write_group([({"optim.learning_rate": rate}, gain, 0.1) for rate, gain in ((1e-4, 0.3), (1e-3, 0.6))], seeds=(0,))])
+    plots = {plot.name: plot for plot in heat_maps(study, course(study))}
+    assert "learning rate 0.0001, step 10: 0.40; learning rate 0.0001, step 20: 0.35" in plots["heat_map_identity_fidelity_0"].alt
+
+
+def test_costs_are_means_over_the_runs_of_an_arm(prior_group: Path) -> None:
+    assert cost_table(read_study([prior_group])).rows[0][:5] == ["prior=class_images", "6", "60.00 s", "90.00 s", "2.00 GB"]
+
+
+def test_two_subjects_are_said_to_be_too_few(prior_group: Path) -> None:
+    study = read_study(sorted(path for path in prior_group.iterdir() if "vase" not in path.name))
+    assert "Too few subjects (2)" in caution(study)
+    assert compare(study)["identity_fidelity"].rows[1].difference.unit == "prompt"
