@@ -5,7 +5,7 @@ the place. Nothing else has a say, so an identity can be rendered again anywhere
 the oracle that real photos do not have. What pretraining must not see: `splits`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch.nn.functional import avg_pool2d, one_hot
 from dreambooth.errors import UserError
 from dreambooth.lab.canvas import make_canvas
 from dreambooth.lab.identities import CLASSES, COLORS, Identity, caption, identity
-from dreambooth.lab.raytrace import gather_solids, ground_shadow, trace
+from dreambooth.lab.primitives import Primitive
+from dreambooth.lab.raytrace import Hits, gather_solids, ground_shadow, trace
 from dreambooth.lab.scenes import SCENES, paint
 from dreambooth.lab.shading import contact_shade, shade
 from dreambooth.lab.shapes import build
@@ -93,16 +94,11 @@ def render_masks(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]]
         resolution: pixels along each side.
         device: where the rays are traced, and where the result lies.
     """
-    masks = torch.empty(len(identities), resolution, resolution, device=device)
-    for first in range(0, len(identities), CHUNK):
-        rngs = [np.random.default_rng(key) for key in keys[first : first + CHUNK]]
-        parts = [build(subject) for subject in identities[first : first + CHUNK]]
-        drawn = [draw_view(subject.class_noun, own, rng) for subject, own, rng in zip(identities[first : first + CHUNK], parts, rngs, strict=True)]
-        views, side = stack_views(drawn, device), resolution * SUPERSAMPLING
-        hits = trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
-        covered = torch.zeros(len(drawn) * side * side, device=device)
+    masks, side = torch.empty(len(identities), resolution, resolution, device=device), resolution * SUPERSAMPLING
+    for own, parts, hits in _traced(identities, keys, side, device):
+        covered = torch.zeros(len(parts) * side * side, device=device)
         covered[hits.ray] = 1
-        masks[first : first + CHUNK] = avg_pool2d(covered.view(-1, 1, side, side), SUPERSAMPLING)[:, 0]
+        masks[own] = avg_pool2d(covered.view(-1, 1, side, side), SUPERSAMPLING)[:, 0]
     return masks
 
 
@@ -116,24 +112,28 @@ def render_parts(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]]
         cells: along each side; each is judged by RAYS_PER_CELL x RAYS_PER_CELL rays.
         device: where the rays are traced, and where the result lies.
     """
-    found = torch.zeros(len(identities), cells, cells, dtype=torch.long, device=device)
-    for first in range(0, len(identities), CHUNK):
-        own = identities[first : first + CHUNK]
-        rngs = [np.random.default_rng(key) for key in keys[first : first + CHUNK]]
-        parts = [build(subject) for subject in own]
-        drawn = [draw_view(subject.class_noun, solids, rng) for subject, solids, rng in zip(own, parts, rngs, strict=True)]
-        views, side = stack_views(drawn, device), cells * RAYS_PER_CELL
-        hits = trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
-        slots = [
-            1 + subject.colors.index(solid.color) if solid.color in subject.colors else 5
-            for subject, s in zip(own, parts, strict=True)
-            for solid in s
-        ]
-        shown = torch.zeros(len(own) * side * side, dtype=torch.long, device=device)
+    found, side = torch.zeros(len(identities), cells, cells, dtype=torch.long, device=device), cells * RAYS_PER_CELL
+    for own, parts, hits in _traced(identities, keys, side, device):
+        pairs = [(subject.colors, solid.color) for subject, solids in zip(identities[own], parts, strict=True) for solid in solids]
+        slots = [1 + colors.index(color) if color in colors else 5 for colors, color in pairs]
+        shown = torch.zeros(len(parts) * side * side, dtype=torch.long, device=device)
         shown[hits.ray] = torch.tensor(slots, device=device)[hits.solid]
         shares = avg_pool2d(one_hot(shown.view(-1, side, side), PARTS).permute(0, 3, 1, 2).float(), RAYS_PER_CELL)
-        found[first : first + CHUNK] = shares.argmax(1)
+        found[own] = shares.argmax(1)
     return found
+
+
+def _traced(
+    identities: Sequence[Identity], keys: Sequence[tuple[int, ...]], side: int, device: str
+) -> Iterator[tuple[slice, list[Sequence[Primitive]], Hits]]:
+    """Yields for a few pictures at a time which they are, the solids of each subject, and what side x side rays a picture hit of them."""
+    for first in range(0, len(identities), CHUNK):
+        own = slice(first, first + CHUNK)
+        rngs = [np.random.default_rng(key) for key in keys[own]]
+        parts = [build(subject) for subject in identities[own]]
+        drawn = [draw_view(subject.class_noun, solids, rng) for subject, solids, rng in zip(identities[own], parts, rngs, strict=True)]
+        views = stack_views(drawn, device)
+        yield own, parts, trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
 
 
 def subject_photos(class_noun: str, seed: int, count: int = 5) -> tuple[Tensor, list[str]]:
