@@ -5,33 +5,38 @@ python train.py base=sd15 data.subject_dir=photos/ subject.class_noun=dog   your
 python train.py -m optim.learning_rate=1e-4,2e-4 trainer.max_steps=100,200  a sweep; the same command again skips what is done
 """
 
-from dreambooth import cli, sweeps  # first: the package sets the thread policy that torch reads when it is loaded
+from dreambooth import cli, ranks, sweeps  # first: the package sets the thread policy that torch reads when it is loaded
 
 # isort: split
 import sys
 import traceback
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
 
-from dreambooth.adapters import describe_learning
+from dreambooth.adapters import ParamGroup, describe_learning
 from dreambooth.base.protocol import BaseModel
 from dreambooth.claims import ClaimLost
 from dreambooth.class_bank import ClassBank, bank_digest, complete_bank, read_user_bank, to_draw
-from dreambooth.config import Config, to_plain
+from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.dreambench import read_dreambench
-from dreambooth.errors import UserError
+from dreambooth.encoders import LoadedEncoders
 from dreambooth.generation import pick_device
 from dreambooth.preflight import before_loading, check_disk, check_memory, require_writable
+from dreambooth.ranks import ALONE, Ranks
 from dreambooth.recipes import resolve, settle_steps
-from dreambooth.runs import MetricsFile, RunFolder, claimed_run
+from dreambooth.runs import MetricsFile, RunFolder, claimed_run, read_run
 from dreambooth.samplers import check_sampler
 from dreambooth.subject_photos import SubjectPhotos, prepared, read_subject_photos, save_photos
 from dreambooth.summary import summarize
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+    from dreambooth.callbacks import SelectionScores
 
 
 def train(config: Config) -> RunFolder:
@@ -41,6 +46,7 @@ def train(config: Config) -> RunFolder:
     if config.data.dreambench is not None:
         print(read_dreambench(config.data.dreambench).describe(config.subject.name))
     device = pick_device(config.trainer.accelerator)  # refuses a GPU that is not there
+    ranks.check(config.trainer.devices, device)
     config.optim.check(device, config.trainer.precision)
     photos = read_subject_photos(config)  # every photo is decoded before a model loads
     config = settle_steps(config, photos.weighted_count)
@@ -55,7 +61,9 @@ def train(config: Config) -> RunFolder:
             print(f"done before: {run.path} (delete the folder to train again)")
             return run
         try:
-            fit_and_score(config, run, photos, own_bank, base_digest)
+            task = {"config": to_plain(config), "run": str(run.path), "base_digest": base_digest}
+            with ranks.together(config.trainer.devices, device, Path(__file__), task) as first:
+                fit_and_score(config, run, photos, own_bank, base_digest, first)
         except ClaimLost:  # the record is another process's now
             raise
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the first into the second
@@ -67,14 +75,27 @@ def train(config: Config) -> RunFolder:
         return run
 
 
-def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_bank: ClassBank | None, base_digest: str) -> None:
-    """Does the work of a run that is not done yet."""
+def follow() -> None:
+    """Does the share of a further rank of a run, in a process that the first rank started; ends it with a status that tells what happened."""
+    cli.quiet()
+    with ranks.following() as (own, task):
+        config = from_plain(task["config"], "the first rank's config")
+        try:
+            fit_and_score(config, read_run(task["run"]), read_subject_photos(config), read_user_bank(config), task["base_digest"], own)
+        except Exception as error:  # the process's boundary
+            if (sentence := cli.explain(error)) is None:
+                raise
+            sys.exit(ranks.refuse(sentence))
+
+
+def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_bank: ClassBank | None, base_digest: str, own: Ranks = ALONE) -> None:
+    """Does the work of a run that is not done yet, or this rank's share of it: the first one alone writes."""
     # Lightning and the metrics take seconds to import: only here, so that bad input is answered at once.
-    from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite, last_state
+    from dreambooth.callbacks import last_state
     from dreambooth.data import DreamBoothData, ImageSet, class_set, describe_batch, describe_photos, subject_set
-    from dreambooth.final_scores import evaluate_run, read_photos
-    from dreambooth.first_steps import Rehearsal, TimeLeft, release
-    from dreambooth.fixed_loss import FixedBatchLoss
+    from dreambooth.final_scores import draw_final_share, evaluate_run
+    from dreambooth.first_steps import release
+    from dreambooth.mirror import mirror_scores, wandb_logger
     from dreambooth.module import DreamBoothModule
 
     cli.quiet()  # once more: Lightning sets its loggers when it is imported
@@ -82,21 +103,23 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     findings = before_loading(config, all_prompts(config, photos, own_bank))  # a prompt that is too long is refused now, not when it is first drawn
     for line in findings:
         print(f"warning: {line}")
-    mirror = wandb_logger(config, run)
-    save_photos(run.path, photos, config.data.resolution, config.data.crop)
+    mirror = wandb_logger(config, run) if own.is_first else []
+    if own.is_first:
+        save_photos(run.path, photos, config.data.resolution, config.data.crop)
     with run.clock("loading"):
         device = pick_device(config.trainer.accelerator)
-        encoders, missing = config.encoders.load_or_reason(device)
+        encoders, missing = config.encoders.load_or_reason(device) if own.is_first else (None, None)
         if missing and not any(missing in line for line in findings):
             print(f"warning: this run draws pictures but has no scores: {missing}")
         base = config.base.load().to(device)
     config.objective.check(base)
     check_sampler(config.sampling.sampler, base, config.objective.zero_terminal_snr)  # one that cannot use what the base predicts is refused
-    with run.clock("memory estimate"):
-        memory, lines = check_memory(config, base, device)
-    print("\n".join([*lines, check_disk(config, run.path, memory, to_draw(config, own_bank))]))
+    if own.is_first:
+        with run.clock("memory estimate"):
+            memory, lines = check_memory(config, base, device)
+        print("\n".join([*lines, check_disk(config, run.path, memory, to_draw(config, own_bank))]))
     with run.clock("class images"):
-        bank = bank_with_progress(config, base, base_digest, own_bank)
+        bank = bank_with_progress(config, base, base_digest, own_bank, own)
     config.objective.prepare(base)  # after the class images: those are the un-tuned base's own
     shown = [own.subject for own in photos.everyone for _ in own.images]
     pictures = [image for own in photos.everyone for image in own.images]
@@ -105,7 +128,7 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     print(describe_batch(config, len(subject.images), len(class_images.images) if class_images else 0))
     print("\n".join([*describe_photos(config, photos), config.objective.describe(base)]))
 
-    data = DreamBoothData(config, subject, class_images)
+    data = DreamBoothData(config, subject, class_images, own)
     groups = config.method.attach(base, config.identifiers, config.subject.class_noun, config.seed)
     base.tokenize(all_prompts(config, photos, own_bank))  # again: an identifier of several vectors makes prompts longer
     module = DreamBoothModule(config, base, groups)
@@ -113,24 +136,43 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
         print(f"the un-tuned model is kept for the prior: {module.frozen.nbytes / 1e6:.0f} MB beside the weights that learn")
     print(describe_learning(config.method, groups) + average_note(config))
     metrics = MetricsFile(run.path / "metrics.csv", run.claim)
-    state = last_state(run, metrics)
+    state = own.from_first(last_state(run, metrics, config.trainer.log_every_n_steps) if own.is_first else None)
     if state is not None:
         print(f"continuing from {state}")
-    selection = SelectionScores(run, config, read_photos(run), encoders, metrics)
-    fixed = FixedBatchLoss(config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics)
-    progress, state_keeper = ProgressLine(config.trainer.progress_bar, selection), ContinueState(run, config.trainer.checkpoint_every)
-    callbacks = [Rehearsal(run, config), StopAtNonFinite(), progress, fixed, selection, state_keeper, TimeLeft(run, config, selection)]
-    trainer = make_trainer(config, [CsvLogger(metrics), *mirror], callbacks)
+    loggers, callbacks, selection = watchers(config, run, photos, encoders, metrics, own)
+    trainer = make_trainer(config, [*loggers, *mirror], callbacks, groups)
     with run.clock("training"):
         trainer.fit(module, data, ckpt_path=state, weights_only=True)
     release(trainer, module)
 
-    choice = selection.choice()
     with run.clock("final scores"):
+        if own.count > 1:
+            draw_final_share(run, config, own, cli.progress)
+        if not own.is_first:
+            return
         scores = evaluate_run(run, config, progress=cli.progress)
+    choice = selection.choice()
     mirror_scores(trainer, run, scores)
     run.finish("done", best_step=choice.step, best_step_reason=choice.reason, steps=trainer.global_step)
     print(summarize(run, scores, choice.reason, selection.rows))
+
+
+def watchers(
+    config: Config, run: RunFolder, photos: SubjectPhotos, encoders: LoadedEncoders | None, metrics: MetricsFile, own: Ranks
+) -> "tuple[list[Any], list[Any], SelectionScores]":
+    """Returns the loggers and callbacks of a training, and of them the one that chooses the step; on a further rank those where all ranks meet."""
+    from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite
+    from dreambooth.final_scores import read_photos
+    from dreambooth.first_steps import Rehearsal, TimeLeft
+    from dreambooth.fixed_loss import FixedBatchLoss
+
+    selection = SelectionScores(run, config, read_photos(run), encoders, metrics, own)
+    rehearsal, finite, state_keeper = Rehearsal(run, config), StopAtNonFinite(own), ContinueState(run, config.trainer.checkpoint_every)
+    if not own.is_first:
+        return [], [rehearsal, finite, selection, state_keeper], selection
+    progress = ProgressLine(config.trainer.progress_bar, selection)
+    fixed = FixedBatchLoss(config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics)
+    return [CsvLogger(metrics)], [rehearsal, finite, progress, fixed, selection, state_keeper, TimeLeft(run, config, selection)], selection
 
 
 def average_note(config: Config) -> str:
@@ -140,9 +182,25 @@ def average_note(config: Config) -> str:
     return f"; evaluated and kept: their moving average (EMA, decay {config.trainer.ema_decay:g})"
 
 
-def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any]) -> "pl.Trainer":
-    """Returns Lightning's trainer: steps are the only clock, and what it would write or print by itself is ours."""
+def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any], groups: Sequence[ParamGroup] = ()) -> "pl.Trainer":
+    """Returns Lightning's trainer: steps are the only clock, and what it would write or print by itself is ours.
+
+    Args:
+        config: resolved.
+        loggers, callbacks: in order.
+        groups: what learns. Where some of it begins or stops at a step, several ranks ask at each step what has a gradient.
+    """
     import pytorch_lightning as pl
+
+    if config.trainer.devices > 1:
+        from pytorch_lightning.plugins.environments import LightningEnvironment
+        from pytorch_lightning.strategies import DDPStrategy
+
+        changes = any(group.start or group.stop is not None for group in groups)
+        strategy = DDPStrategy(find_unused_parameters=changes, gradient_as_bucket_view=True)
+        several = {"strategy": strategy, "plugins": [LightningEnvironment()]}  # named, so that no cluster's variables are taken for ours
+    else:
+        several = {}
 
     return pl.Trainer(
         max_steps=config.trainer.max_steps,
@@ -159,6 +217,7 @@ def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any]) -> "p
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        **several,
     )
 
 
@@ -172,7 +231,7 @@ def all_prompts(config: Config, photos: SubjectPhotos, own_bank: ClassBank | Non
     return list(dict.fromkeys([*sorted(drawn | captions), *common, *config.prior_prompts]))
 
 
-def bank_with_progress(config: Config, base: BaseModel, base_digest: str, own: ClassBank | None) -> ClassBank | None:
+def bank_with_progress(config: Config, base: BaseModel, base_digest: str, own: ClassBank | None, ranks: Ranks) -> ClassBank | None:
     """Returns the class images of the run, with a bar while the un-tuned base draws; None where the prior wants none."""
     count = to_draw(config, own)
     if not count:
@@ -185,44 +244,7 @@ def bank_with_progress(config: Config, base: BaseModel, base_digest: str, own: C
             advance(done - seen)
             seen = done
 
-        return complete_bank(config, base, base_digest, own, show)
-
-
-def wandb_logger(config: Config, run: RunFolder) -> list[Any]:
-    """Returns the W&B mirror of a run: one run of its own in the experiment's group, offline unless the config says online."""
-    if config.wandb.mode == "disabled":
-        return []
-    import wandb
-    from pytorch_lightning.loggers import WandbLogger
-
-    try:
-        experiment = wandb.init(
-            name=run.path.name,
-            id=f"{config.group}-{run.path.name}",
-            group=config.group,
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            tags=config.wandb.tags,
-            config=to_plain(config),
-            mode=config.wandb.mode,
-            dir=str(run.path),
-            resume="allow",
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(
-            "wandb.mode", "must be offline unless you are logged in", config.wandb.mode, f"run wandb login, or leave it offline ({error})"
-        ) from error
-    return [WandbLogger(experiment=experiment)]
-
-
-def mirror_scores(trainer: "pl.Trainer", run: RunFolder, scores: dict) -> None:
-    """Sends the final score table and the grid to W&B."""
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):
-            columns = sorted({key for row in scores["rows"] for key in row if not key.endswith("_interval")})
-            logger.log_table("final/scores", columns=columns, data=[[row.get(key) for key in columns] for row in scores["rows"]])
-            logger.log_image("final/grid", [str(run.path / "samples" / "final_grid.png")])
+        return complete_bank(config, base, base_digest, own, show, ranks)
 
 
 cli.register("train", Config)
@@ -239,4 +261,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    follow() if ranks.is_follower() else cli.run_script(main)

@@ -17,15 +17,17 @@ from dreambooth.base_images import draw_base
 from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.errors import UserError
-from dreambooth.evaluation import Item, draw, image_names, save_images, selection_plan
+from dreambooth.evaluation import Item, draw_together, image_names, save_images, selection_plan
 from dreambooth.files import write_png, write_with
 from dreambooth.final_scores import run_reference
 from dreambooth.grids import image_grid
 from dreambooth.module import DreamBoothModule
+from dreambooth.ranks import ALONE, Ranks
 from dreambooth.runs import MetricsFile, RunFolder, save_weights
 from dreambooth.scoring import score
 from dreambooth.step_choice import Choice, EarlyStop, StepScores, choose_step, stop_early
 
+LOSSES = "losses"  # entry of a state
 SCORE_KEYS = ("identity_fidelity", "prompt_alignment", "drift", "diversity", "class_diversity")
 
 
@@ -55,16 +57,22 @@ class CsvLogger(Logger):
 class SelectionScores(pl.Callback):
     """Every `eval_every` steps: the same prompts with the same noise, scored; the weights of the best step so far are kept.
 
+    All ranks draw; the first one scores, writes and decides whether to stop. The un-tuned base is drawn by the first one: the runs of a
+    sweep have its pictures in common.
+
     Args:
         run: where samples and weights go.
         config: resolved.
         photos: uint8 (M, H, W, 3), the prepared subject photos.
         encoders: None when their weights are not to be had: then pictures only, and the last step counts as the best.
         metrics: scores of earlier steps are read from here when a run is continued.
+        ranks: this process among those that train together.
     """
 
-    def __init__(self, run: RunFolder, config: Config, photos: np.ndarray, encoders: LoadedEncoders | None, metrics: MetricsFile) -> None:
-        self.run, self.config, self.encoders, self.photos = run, config, encoders, photos
+    def __init__(
+        self, run: RunFolder, config: Config, photos: np.ndarray, encoders: LoadedEncoders | None, metrics: MetricsFile, ranks: Ranks = ALONE
+    ) -> None:
+        self.run, self.config, self.encoders, self.photos, self.ranks = run, config, encoders, photos, ranks
         self.subject = run_reference(run, encoders)
         self.plan = selection_plan(config)
         self.last_step = -1
@@ -76,7 +84,7 @@ class SelectionScores(pl.Callback):
         self.last_step = trainer.global_step
         if trainer.global_step == 0:
             self.evaluate(trainer, module)
-        elif self.early_stop().stop:
+        elif self.agreed_stop().stop:
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: DreamBoothModule, *args: Any) -> None:
@@ -90,33 +98,46 @@ class SelectionScores(pl.Callback):
 
     def evaluate(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Draws, scores, logs; keeps the weights if this step is now the best."""
-        step, started = trainer.global_step, time.perf_counter()
+        started = time.perf_counter()
         with self.run.clock("evaluation while training"):
-            with module.evaluation_weights():
-                images = (draw if step else self.drawn_base)(module.base, self.plan, self.config)
-            self.run.confirm()
-            save_images(self.run.path / "samples" / f"step-{step:06d}", self.plan, images, {"run": self.run.path.name, "step": step})
-            values = score(images, self.plan, self.subject, self.encoders).values if self.encoders else {}
-            scores = StepScores(step, *(values.get(key, float("nan")) for key in SCORE_KEYS[:4]))
-            self.rows = [row for row in self.rows if row.step < step] + [scores]
-            grid = step_grid(self.plan, images)
-            row = {f"score/{key}": value for key, value in values.items()} | {"score/evaluated": 1.0}
-            for logger in trainer.loggers:
-                logger.log_metrics(row, step)
-                if hasattr(logger, "log_image"):
-                    logger.log_image("samples/selection", [grid], step=step)
-            write_png(self.run.path / "samples" / f"step-{step:06d}.png", grid)
-            write_png(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
-            with module.evaluation_weights():
-                if self.choice().step == step:
-                    save_weights(self.run, "best", module.base, step)
-                if step == self.config.trainer.max_steps or self.early_stop().stop:
-                    save_weights(self.run, "final", module.base, step)
+            images = self.drawn(module, trainer.global_step)
+            values = self.record(trainer, module, images) if images is not None else {}
         self.seconds.append(time.perf_counter() - started)
-        tqdm.write(_event(step, values, self.seconds[-1]))
-        if self.early_stop().stop:
-            tqdm.write(self.early_stop().reason)
+        tqdm.write(_event(trainer.global_step, values, self.seconds[-1]))
+        stop = self.agreed_stop()
+        if stop.stop:
+            tqdm.write(stop.reason)
             trainer.should_stop = True
+
+    def drawn(self, module: DreamBoothModule, step: int) -> np.ndarray | None:
+        """Returns the images of the plan on the first rank, uint8 (N, H, W, 3), and None on the others, which draw their share."""
+        with module.evaluation_weights():
+            if step:
+                return draw_together(module.base, self.plan, self.config, self.ranks)
+            return self.drawn_base(module.base, self.plan, self.config) if self.ranks.is_first else None
+
+    def record(self, trainer: pl.Trainer, module: DreamBoothModule, images: np.ndarray) -> dict[str, float]:
+        """Writes the images of a step, scores and logs them, keeps the weights that shall be kept; returns the scores."""
+        step = trainer.global_step
+        self.run.confirm()
+        save_images(self.run.path / "samples" / f"step-{step:06d}", self.plan, images, {"run": self.run.path.name, "step": step})
+        values = score(images, self.plan, self.subject, self.encoders).values if self.encoders else {}
+        scores = StepScores(step, *(values.get(key, float("nan")) for key in SCORE_KEYS[:4]))
+        self.rows = [row for row in self.rows if row.step < step] + [scores]
+        grid = step_grid(self.plan, images)
+        row = {f"score/{key}": value for key, value in values.items()} | {"score/evaluated": 1.0}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples/selection", [grid], step=step)
+        write_png(self.run.path / "samples" / f"step-{step:06d}.png", grid)
+        write_png(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
+        with module.evaluation_weights():
+            if self.choice().step == step:
+                save_weights(self.run, "best", module.base, step)
+            if step == self.config.trainer.max_steps or self.early_stop().stop:
+                save_weights(self.run, "final", module.base, step)
+        return values
 
     def drawn_base(self, base: BaseModel, items: list[Item], config: Config) -> np.ndarray:
         """Returns what `draw` would at step 0; the runs of a sweep share it."""
@@ -132,6 +153,10 @@ class SelectionScores(pl.Callback):
         if patience is None:
             return EarlyStop(False, "")
         return stop_early(self.rows, patience, rule.min_alignment_ratio, rule.max_drift_gain)
+
+    def agreed_stop(self) -> EarlyStop:
+        """Returns what the first rank's `early_stop` says, on every rank; all of them call it."""
+        return self.ranks.from_first(self.early_stop() if self.ranks.is_first else EarlyStop(False, ""))
 
 
 class ContinueState(pl.Callback):
@@ -153,19 +178,35 @@ class ContinueState(pl.Callback):
         if step % self.every and step != trainer.max_steps:
             return
         self.run.confirm()
-        write_with(self.path, trainer.save_checkpoint)
+        write_state(trainer, self.path)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the losses of the step: Lightning logs them after this, and a kill in between must not lose them."""
+        checkpoint[LOSSES] = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
+
+
+def write_state(trainer: pl.Trainer, path: Path) -> None:
+    """Writes the state of a training, whole or not at all; all ranks call it, as Lightning has them meet there, and the first one writes."""
+    if trainer.is_global_zero:
+        write_with(path, trainer.save_checkpoint)
+    else:
+        trainer.save_checkpoint(path)
 
 
 class StopAtNonFinite(pl.Callback):
-    """Ends the run at the first loss that is not a number, before it can spoil the weights that were kept."""
+    """Ends the run, on all ranks, at the first loss that is not a number, before it can spoil the weights that were kept."""
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
         """Looks at the loss of the step."""
-        if not torch.isfinite(outputs["loss"]):
+        loss = self.ranks.mean(outputs["loss"])
+        if not torch.isfinite(loss):
             raise UserError(
                 "the loss",
                 f"must stay finite, at step {trainer.global_step}",
-                float(outputs["loss"]),
+                float(loss),
                 "lower optim.learning_rate, or use trainer.precision=32-true",
             )
 
@@ -225,13 +266,16 @@ def trajectory_grid(run: RunFolder, photos: np.ndarray, items: list[Item]) -> Im
     return image_grid([list(photos[: len(first)]), *rows], labels, [item.prompt for item in first.values()])
 
 
-def last_state(run: RunFolder, metrics: MetricsFile) -> Path | None:
-    """Returns the state to continue from, with `metrics.csv` cut back to its step; None to start at step 0."""
+def last_state(run: RunFolder, metrics: MetricsFile, log_every: int) -> Path | None:
+    """Returns the state to continue from, with `metrics.csv` brought to its step; None to start at step 0."""
     if run.resume_state is None:
         metrics.truncate(-1)
         return None
     state = torch.load(run.resume_state, map_location="cpu", weights_only=True, mmap=True)  # the step alone: the weights stay on disk
-    metrics.truncate(state["global_step"])
+    step, losses = state["global_step"], state.get(LOSSES)
+    metrics.truncate(step)
+    if losses and step % log_every == 0 and not any(int(row["step"]) == step and row.get("train/loss") for row in metrics.read()):
+        metrics.append(step, losses)
     return run.resume_state
 
 

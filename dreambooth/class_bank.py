@@ -9,6 +9,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from dreambooth.errors import UserError
 from dreambooth.files import write_json
 from dreambooth.generation import generate, save_png
 from dreambooth.photo_folder import read_photo_folder
+from dreambooth.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], None]  # images there are, images wanted
 
@@ -82,18 +84,23 @@ def bank_digest(config: Config, base_digest: str, own: ClassBank | None) -> str:
 
 
 def complete_bank(
-    config: Config, base: BaseModel, base_digest: str, own: ClassBank | None, on_progress: Progress = lambda done, total: None
+    config: Config,
+    base: BaseModel,
+    base_digest: str,
+    own: ClassBank | None,
+    on_progress: Progress = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> ClassBank | None:
     """Returns all class images of a run: the user's first, then those of the base; None where the prior wants none.
 
     Args:
-        config, base, base_digest, on_progress: as `draw_bank`.
+        config, base, base_digest, on_progress, ranks: as `draw_bank`.
         own: the user's images, from `read_user_bank`.
     """
     count = to_draw(config, own)
     if not count:
         return own
-    drawn = draw_bank(config, base, base_digest, on_progress, count)
+    drawn = draw_bank(config, base, base_digest, on_progress, count, ranks)
     if own is None:
         return drawn
     return ClassBank(own.images + drawn.images, own.captions + drawn.captions, bank_digest(config, base_digest, own), own.warnings)
@@ -156,7 +163,12 @@ def manifest_digest(config: Config, base_digest: str, count: int | None = None) 
 
 
 def draw_bank(
-    config: Config, base: BaseModel, base_digest: str, on_progress: Progress = lambda done, total: None, count: int | None = None
+    config: Config,
+    base: BaseModel,
+    base_digest: str,
+    on_progress: Progress = lambda done, total: None,
+    count: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> ClassBank:
     """Returns the class images of the un-tuned base, drawing those that are not there yet.
 
@@ -166,6 +178,7 @@ def draw_bank(
         base_digest: its content hash.
         on_progress: called with the images there are and the images wanted.
         count: images; None: `prior.num_images`.
+        ranks: the processes that draw together, each every so many-th batch; all of them call this, and the first one writes.
 
     Raises:
         UserError: the bank's folder holds another recipe, or an image that is not the one that was drawn.
@@ -173,20 +186,34 @@ def draw_bank(
     wanted, digest = plan(config, count), manifest_digest(config, base_digest, count)
     folder = Path(config.output_dir) / "class_banks" / f"{config.subject.class_noun.replace(' ', '_')}-{digest[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder, "draws") as claim:  # two at once would draw in batches of different sizes: images equal to a rounding
-        hashes = _recorded_hashes(folder, recipe(config, base_digest, count))
-        missing = [item for item in wanted if not _is_as_drawn(folder / item.name, hashes.get(item.name))]
-        for start in range(0, len(missing), config.sampling.batch_size):
-            batch = missing[start : start + config.sampling.batch_size]
+    # Two runs at once would draw in batches of different sizes: images equal to a rounding.
+    with alone_in(folder, "draws") if ranks.is_first else nullcontext() as claim:
+        missing: list[BankItem] = []
+        if ranks.is_first:
+            hashes = _recorded_hashes(folder, recipe(config, base_digest, count))
+            missing = [item for item in wanted if not _is_as_drawn(folder / item.name, hashes.get(item.name))]
+        missing = ranks.from_first(missing)
+        together = config.sampling.batch_size * ranks.count
+        for start in range(0, len(missing), together):
+            batches = [
+                missing[k : k + config.sampling.batch_size] for k in range(start, min(start + together, len(missing)), config.sampling.batch_size)
+            ]
             on_progress(len(wanted) - len(missing) + start, len(wanted))
-            images = generate(base, [item.prompt for item in batch], [item.key for item in batch], config.sampling, config.data.resolution)
+            drawn = ranks.at_first([_drawn(base, batch, config) for batch in ranks.share(batches)])
+            if drawn is None:
+                continue
             claim.confirm()
-            for item, image in zip(batch, images, strict=True):
+            for item, image in zip(missing[start : start + together], np.concatenate([images for own in drawn for images in own]), strict=True):
                 about = {"prompt": item.prompt, "key": list(item.key), "base_digest": base_digest}
                 hashes[item.name] = _file_hash(save_png(folder / item.name, np.ascontiguousarray(image), about))
             write_json(folder / "manifest.json", recipe(config, base_digest, count) | {"sha256": hashes})
+    ranks.from_first(None)  # all files are there now
     on_progress(len(wanted), len(wanted))
     return ClassBank([folder / item.name for item in wanted], [item.prompt for item in wanted], digest, [])
+
+
+def _drawn(base: BaseModel, batch: list[BankItem], config: Config) -> np.ndarray:
+    return generate(base, [item.prompt for item in batch], [item.key for item in batch], config.sampling, config.data.resolution)
 
 
 def _recorded_hashes(folder: Path, wanted: dict[str, Any]) -> dict[str, str]:

@@ -126,7 +126,7 @@ class Data:
     buckets: bool = False  # keep each photo's shape: resize to the bucket of about resolution^2 px that fits it best; a batch has one bucket
     crop: str = "center"  # "center", "random" (another place each time), "smart" (where the most detail is; for faces masks are better)
     flip: bool = False  # mirror at random; leave off for faces and for anything with a left and a right
-    batch_size: int | None = None  # subject images a step; null: the base's recipe
+    batch_size: int | None = None  # subject images a batch and device; null: the base's recipe
     held_out: int | None = None  # photos set aside to measure on (of the built-in subject: further ones); null: the base's recipe
     num_workers: int = 0  # processes that prepare images; 0: none beside the main one
     captions: str = "prompt"  # "prompt": subject.prompt for all; "auto": photo.txt beside photo.jpg, else what the name says after @, else that
@@ -181,7 +181,7 @@ class Training:
     compile: bool = False  # torch.compile of the UNet: minutes at the start, for long runs on a GPU
     precision: str = "32-true"  # Lightning's: 32-true, bf16-mixed, 16-mixed, bf16-true
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu
-    devices: int = 1
+    devices: int = 1  # GPUs, or processes on a CPU, that train one model together; data.batch_size and prior.batch_size are of each
     log_every_n_steps: int = 1  # steps between rows of metrics.csv
     progress_bar: bool = True
 
@@ -193,7 +193,6 @@ class Training:
         _require(decay is None or 0 <= decay < 1, "trainer.ema_decay", "must be in [0, 1)", decay, "0.999 is usual, null is off")
         every = self.fixed_loss_every
         _require(every is None or every >= 0, "trainer.fixed_loss_every", "must be 0 or more", every, "0 never measures it")
-        _require(self.devices == 1, "trainer.devices", "must be 1 in this version", self.devices, "start one job a device instead")
         _require(
             self.accelerator in ACCELERATORS,
             "trainer.accelerator",

@@ -21,6 +21,7 @@ from dreambooth import buckets, randomness
 from dreambooth.captions import describe
 from dreambooth.config import Config, Subject
 from dreambooth.photos import cut, frame, to_pixel_values
+from dreambooth.ranks import ALONE, Ranks
 from dreambooth.subject_photos import SubjectPhotos
 
 
@@ -76,12 +77,13 @@ class MixedImages(Dataset[Sample]):
     """Prepared images by draw: each kind is walked through in an order shuffled anew on every round.
 
     With `data.buckets` every bucket has a walk of its own through its photos, and class images are cropped to the bucket of their batch.
+    `ranks` walk together: their batches are one, as many times as large.
     """
 
-    def __init__(self, config: Config, subject: ImageSet, class_bank: ImageSet | None) -> None:
+    def __init__(self, config: Config, subject: ImageSet, class_bank: ImageSet | None, ranks: int = 1) -> None:
         self.data, self.seed = config.data, config.seed
         self.kinds = {False: subject, True: class_bank}
-        self.batch_sizes = {False: config.data.batch_size, True: class_batch_size(config)}
+        self.batch_sizes = {False: ranks * config.data.batch_size, True: ranks * class_batch_size(config)}
         sizes = buckets.bucket_sizes(config.data.resolution) if config.data.buckets else [(config.data.resolution,) * 2]
         members: list[list[int]] = [[] for _ in sizes]
         for index, image in enumerate(subject.images):
@@ -118,39 +120,43 @@ def pixels_digest(pixels: np.ndarray) -> str:
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """The draws of each batch, from a starting batch to the last; its length counts all batches, those before the start too."""
+    """The draws of each batch, from a starting batch to the last; its length counts all batches, those before the start too.
 
-    def __init__(self, subject_batch: int, class_batch: int, start: int, total: int) -> None:
-        self.subject_batch, self.class_batch, self.start, self.total = subject_batch, class_batch, start, total
+    Rank r has the places from r x batch on: those of all ranks together are what one process draws in a batch as many times as large.
+    """
+
+    def __init__(self, subject_batch: int, class_batch: int, start: int, total: int, rank: int = 0) -> None:
+        self.subject_batch, self.class_batch, self.start, self.total, self.rank = subject_batch, class_batch, start, total, rank
 
     def __len__(self) -> int:
         return self.total
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for step in range(self.start, self.total):
-            subject = [Draw(step, place, False) for place in range(self.subject_batch)]
-            yield subject + [Draw(step, place, True) for place in range(self.class_batch)]
+            subject = [Draw(step, self.rank * self.subject_batch + k, False) for k in range(self.subject_batch)]
+            yield subject + [Draw(step, self.rank * self.class_batch + k, True) for k in range(self.class_batch)]
 
 
 class DreamBoothData(pl.LightningDataModule):
-    """Mixes subject and class images: `data.batch_size` + `prior.batch_size` a batch, from where the trainer stands.
+    """Mixes subject and class images: `data.batch_size` + `prior.batch_size` a batch and rank, from where the trainer stands.
 
     Args:
         config: resolved.
         subject: the photos, each with its caption.
         class_bank: class images with theirs; None: no prior preservation.
+        ranks: this process among those that train together; each has samples of its own.
     """
 
-    def __init__(self, config: Config, subject: ImageSet, class_bank: ImageSet | None) -> None:
+    def __init__(self, config: Config, subject: ImageSet, class_bank: ImageSet | None, ranks: Ranks = ALONE) -> None:
         super().__init__()
-        self.config, self.images = config, MixedImages(config, subject, class_bank)
+        self.config, self.ranks, self.images = config, ranks, MixedImages(config, subject, class_bank, ranks.count)
 
     def train_dataloader(self) -> DataLoader:
         """Returns batches from the trainer's present step on: an endless stream has no epochs, only steps."""
         every = self.config.trainer.accumulate_grad_batches
         start = self.trainer.global_step * every if self.trainer else 0
-        sizes = self.images.batch_sizes
-        sampler = StepSampler(sizes[False], sizes[True], start, self.config.trainer.max_steps * every)
+        sizes = self.config.data.batch_size, class_batch_size(self.config)
+        sampler = StepSampler(*sizes, start, self.config.trainer.max_steps * every, self.ranks.index)
         return DataLoader(self.images, batch_sampler=sampler, collate_fn=self.collate, num_workers=self.config.data.num_workers)
 
     def collate(self, samples: list[Sample]) -> Batch:
@@ -204,7 +210,7 @@ def describe_batch(config: Config, photos: int, class_images: int) -> str:
         photos: of the subject.
         class_images: length of what `class_set` returns; 0 without prior preservation.
     """
-    every, steps = config.trainer.accumulate_grad_batches, config.trainer.max_steps
+    every, steps = config.trainer.accumulate_grad_batches * config.trainer.devices, config.trainer.max_steps
     seen = steps * every * config.data.batch_size / photos
     text = f"each step: {every * config.data.batch_size} subject images (each of {photos} photos is seen {seen:.0f} times in {steps} steps)"
     if not class_images:

@@ -13,6 +13,7 @@ from PIL import Image
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Config
 from dreambooth.generation import generate, read_recipe, save_png
+from dreambooth.ranks import Ranks
 
 
 class Item(NamedTuple):
@@ -68,6 +69,21 @@ def _key(config: Config, text: str, k: int) -> tuple[int, int, int, int]:
 def draw(base: BaseModel, items: Sequence[Item], config: Config, on_progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
     """Returns the images of a plan, uint8 (N, H, W, 3)."""
     return generate(base, [i.prompt for i in items], [i.key for i in items], config.sampling, config.data.resolution, on_progress)
+
+
+def draw_together(base: BaseModel, items: Sequence[Item], config: Config, ranks: Ranks) -> np.ndarray | None:
+    """Returns what `draw` does, on the first rank; each rank draws every so many-th batch, as it is in one process, and none is drawn twice.
+
+    Args:
+        base, items, config: as for `draw`, the same on all ranks, which all call this.
+        ranks: this process among them; the other ones get None.
+    """
+    size = config.sampling.batch_size
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    drawn = ranks.at_first([draw(base, part, config) for part in ranks.share(parts)])
+    if drawn is None:
+        return None
+    return np.concatenate([drawn[k % ranks.count][k // ranks.count] for k in range(len(parts))])
 
 
 class Kept(NamedTuple):

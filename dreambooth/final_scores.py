@@ -23,6 +23,7 @@ from dreambooth.generation import pick_device
 from dreambooth.grids import image_grid
 from dreambooth.lab_truth import lab_truth
 from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.ranks import Ranks
 from dreambooth.runs import RunFolder, load, load_weights
 from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, references, score
 from dreambooth.statistics import Interval, paired_difference
@@ -90,6 +91,39 @@ def evaluate_run(
     return result
 
 
+def draw_final_share(run: RunFolder, config: Config, ranks: Ranks, progress: Progress = silent) -> None:
+    """Draws this rank's share of the final pictures of the tuned arms into the run folder, where `evaluate_run` finds them.
+
+    All ranks call it, each has every so many-th batch, and the first one goes on when all are drawn. The un-tuned base's pictures are not
+    shared out: the runs of a sweep have them in common, so the first rank sees to them.
+
+    Args:
+        run: with the weights of "best" and "final".
+        config: the run's.
+        ranks: this process among them.
+        progress: shows how far the share is.
+    """
+    device, items = pick_device(config.trainer.accelerator), final_plan(config)
+    base, drawn = load(run.path, "base").base.to(device), set()
+    for arm in ARMS[1:]:
+        step = load_weights(run, arm, base)
+        if step in drawn:
+            continue
+        drawn.add(step)
+        kept = find_kept(run.path / "samples" / "final" / arm, items, config, _arm_recipe(run, arm, step, device))
+        own = kept._replace(batches=list(ranks.share(kept.batches)))
+        if own.batches:
+            total = sum(part.stop - part.start for part, _ in own.batches)
+            with progress(total, f"final images, {arm} (step {step}), the share of one of {ranks.count} devices") as advance:
+                draw_missing(base, items, config, own, advance)
+    ranks.at_first(None)  # the first one waits for the others here
+
+
+def _arm_recipe(run: RunFolder, arm: str, step: int, device: str) -> dict[str, Any]:
+    """Returns what the pictures of an arm depend on beside prompts, noise and sampling."""
+    return {"run": run.path.name, "arm": arm, "step": step, "model": _model_digest(run, arm), "device": device}
+
+
 def per_image_table(run: RunFolder, config: Config, steps: dict[str, int], scores: dict[str, Scores]) -> pd.DataFrame:
     """Returns one row an image and arm: run, group, subject, seed, arm, step, what was drawn (prompt_kind for the subject's), all scores."""
     frames = []
@@ -153,8 +187,7 @@ def _draw_arms(
         if arm == "final" and step == steps.get("best"):
             continue
         steps[arm] = step
-        recipe = {"run": run.path.name, "arm": arm, "step": step, "model": _model_digest(run, arm), "device": device}
-        kept = find_kept(folder / arm, items, config, recipe)
+        kept = find_kept(folder / arm, items, config, _arm_recipe(run, arm, step, device))
         there = f", {kept.there} of {len(items)} there already" if kept.there else ""
         with progress(len(items), f"final images, {arm} (step {step}{there})") as advance:
             shared = arm == "base" and kept.there < len(items) and run.path.parent.name == config.group  # among the runs of a sweep

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from dreambooth.callbacks import SelectionScores
+from dreambooth.callbacks import SelectionScores, write_state
 from dreambooth.config import Config
 from dreambooth.evaluation import draw, final_plan, selection_plan
 from dreambooth.files import write_png, write_with
@@ -28,6 +28,7 @@ class Rehearsal(pl.Callback):
 
     The evaluation at step 0 draws, scores and logs; here are the largest batch of the final pictures, the weights written and read back,
     the state to continue from, the grid and the table of scores. Nothing of it stays, and nothing random is drawn from what the training draws from.
+    Of several ranks the first one rehearses.
 
     Args:
         run: where the files go.
@@ -40,6 +41,9 @@ class Rehearsal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Rehearses, unless the run is continued: then all of it has been done before."""
         if trainer.global_step:
+            return
+        if not trainer.is_global_zero:
+            write_state(trainer, self.run.path / "checkpoints" / "rehearsal.ckpt")  # writes nothing here, but all ranks have to meet
             return
         checkpoints, samples = self.run.path / "checkpoints", self.run.path / "samples"
         files = [
@@ -64,7 +68,7 @@ class Rehearsal(pl.Callback):
         write_png(grid, image_grid([list(images)], ["rehearsal"]))
         save_weights(self.run, "rehearsal", module.base, 0)
         load_weights(self.run, "rehearsal", module.base)  # the very values that are there
-        write_with(state, trainer.save_checkpoint)
+        write_state(trainer, state)
         torch.load(state, map_location="cpu", weights_only=True, mmap=True)
         write_with(table, lambda temporary: pd.DataFrame({"run": [self.run.path.name], "score": [0.0]}).to_parquet(temporary, index=False))
 

@@ -56,7 +56,7 @@ class DreamBoothModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Lets learn what learns at this step, and makes dropout a function of the seed and the batch."""
         let_learn(self.groups, self.trainer.global_step)
-        seed_torch(DROPOUT, *batch.keys[0, :2].tolist())
+        seed_torch(DROPOUT, *batch.keys[0].tolist())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of a mixed batch."""
@@ -68,7 +68,7 @@ class DreamBoothModule(pl.LightningModule):
             target = distilled_targets(self.base, self.frozen, target, noisy, t, batch.prompts, batch.is_prior)
         pred = self.base.predict(noisy, t, text)  # (B, C, h, w)
         loss = prior_preservation_loss(pred, target, batch.is_prior, self.prior_loss_weight(batch), weight, delta, self.cell_weight(batch))
-        self.log_dict(loss.as_logs("train/"), batch_size=len(latents))
+        self.log_dict(loss.as_logs("train/"), batch_size=len(latents), sync_dist=self.config.trainer.devices > 1)
         return loss.total
 
     def cell_weight(self, batch: Batch) -> Tensor | None:

@@ -19,23 +19,23 @@ LAYERS = {  # each may import itself and what stands above it here
     ),
     "parts": (
         "base lab adapters token_rows peft_layers lora textual_inversion averaging objective priors optimization encoders clip_dino "
-        "perceptual samplers photo_folder side_files caches dreambench tokens files claims"
+        "perceptual samplers photo_folder side_files caches dreambench tokens files claims ranks"
     ),
     "page": "config recipes",
     "after": (
         "live_storage memory memory_cuts preflight runs class_bank subject_photos generation evaluation base_images scoring lab_truth "
         "final_scores rescoring combined_scores interop"
     ),
-    "train": "data module fixed_loss callbacks first_steps",
+    "train": "data module fixed_loss callbacks first_steps mirror",
     "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures studio __main__",
     "scripts": "train evaluate generate",
 }
 ORDER = list(LAYERS)
-HEAVY = ("diffusers", "transformers", "wandb", "matplotlib", "gradio", "accelerate")  # seconds to import: only where they are needed
+HEAVY = ("diffusers", "transformers", "wandb", "matplotlib", "gradio", "accelerate")  # seconds to import: only where needed
 ONLY_IN = {  # third-party name -> layers, or modules, that may import it
     "pytorch_lightning": ("train", "scripts"),
     "lightning": (),
-    "wandb": ("scripts",),
+    "wandb": ("scripts", "dreambooth.mirror"),
     "hydra": ("scripts", "dreambooth.cli", "dreambooth.sweeps"),
     "torchvision": (),
 }

@@ -97,14 +97,14 @@ def averaged_run(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("averaged")
     words = ("method=lora", "method.train_text_encoder=false", "method.train_token=false", "prior=none", "subject.class_noun=dog")
     steps = ("trainer.max_steps=3", "trainer.eval_every=3", "optim.learning_rate=1e-2", "trainer.ema_decay=0.99", "evaluation.other_prompts=[]")
-    draw = callbacks.draw
+    draw = callbacks.draw_together
 
     def watched(base, *args):
         DRAWN_WITH.append({name: tensor.clone() for name, tensor in trainable_state(base).items()})
         return draw(base, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "draw", watched)
+        patch.setattr(callbacks, "draw_together", watched)
         return run(*words, *steps, f"base.path={tiny_folder()}", f"data.subject_dir={make_photos(folder / 'dog')}", f"output_dir={folder}")
 
 

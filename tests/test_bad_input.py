@@ -51,7 +51,7 @@ def _sentence(*words: str) -> str:
         (["prior.weight=-1"], ["prior.weight", "-1"]),
         (["data.resolution=100"], ["data.resolution", "100"]),
         (["trainer.max_steps=0"], ["trainer.max_steps"]),
-        (["trainer.devices=2"], ["trainer.devices"]),
+        (["trainer.devices=0"], ["trainer.devices"]),
         pytest.param(["trainer.accelerator=gpu"], ["trainer.accelerator", "auto"], marks=NEEDS_NO_GPU),
         (["sampling.steps=-2"], ["sampling.steps"]),
         (["wandb.mode=somewhere"], ["wandb.mode", "offline"]),

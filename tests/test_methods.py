@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import train as script
-from dreambooth.adapters import load_trainable_state, trainable_state
+from dreambooth.adapters import let_learn, load_trainable_state, trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusionModel
 from dreambooth.config import Config
 from dreambooth.data import DreamBoothData, ImageSet
@@ -61,7 +61,6 @@ CASES = {
 NEW_WORD = {"textual inversion of the own row", "textual inversion of three vectors", "pivotal tuning, then lora", "pivotal tuning, then full"}
 PRIORS = {"class images": {}, "no prior": {"prior.name": "none"}, "self-distilled": {"prior.name": "self_distilled"}}
 every_case = pytest.mark.parametrize("name", CASES)
-NOISY = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([10, 700])
 
 
@@ -134,7 +133,8 @@ def fit(config: Config, folder: Path | None = None, state: Path | None = None) -
 @torch.no_grad()
 def output(base: StableDiffusionModel, words: str = "sks dog") -> Tensor:
     base.eval()
-    return base.predict(NOISY, T, base.encode_prompts([f"a photo of a {words}", "a photo of a dog"]))
+    noisy = torch.randn(2, base.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    return base.predict(noisy, T, base.encode_prompts([f"a photo of a {words}", "a photo of a dog"]))
 
 
 def snapshot(base: StableDiffusionModel) -> dict[str, Tensor]:
@@ -304,3 +304,79 @@ def test_stopped_text_encoder_adds_nothing_to_the_gradient_norm(configured, monk
     monkeypatch.setattr(script, "make_trainer", lambda config, loggers, callbacks: make(config, loggers, [*callbacks, Grads()]))
     fit(configured("full with text encoder until a step"))
     assert seen == [{"unet", "text_encoder"}] * BOUNDARY + [{"unet"}] * (STEPS - BOUNDARY)
+
+
+OBJECTIVES: dict[str, dict[str, object]] = {  # on a base that predicts the noise, but for the last
+    "epsilon": {"objective.name": "epsilon"},
+    "velocity": {"objective.name": "velocity"},
+    "sample": {"objective.name": "sample"},
+    "all that an objective can do": {
+        "objective.name": "velocity",
+        "objective.weighting": "min_snr",
+        "objective.noise_offset": 0.1,
+        "objective.input_perturbation": 0.1,
+        "objective.huber_delta": 0.1,
+        "objective.min_timestep": 100,
+        "objective.max_timestep": 900,
+    },
+    "zero terminal SNR": {"objective.zero_terminal_snr": True, "objective.weighting": "capped_velocity"},
+}
+LAB_CASES = ("full", "lora", "keys and values", "textual inversion of three vectors", "pivotal tuning, then lora")
+
+
+def two_steps(config: Config, base: StableDiffusionModel, groups: list) -> list[float]:
+    """Takes the first step of a run and the one at the boundary, without Lightning; returns their losses."""
+    side = config.data.resolution
+    pictures = [image.resize((side, side)) for image in images(6, 0)]
+    prior = ImageSet(pictures[3:], ["a photo of a dog"] * 3) if config.prior.class_samples else None
+    data, module = DreamBoothData(config, ImageSet(pictures[:3], ["a photo of a sks dog"] * 3), prior), DreamBoothModule(config, base, groups)
+    module.log_dict = lambda *args, **kwargs: None  # there is no trainer to log to
+    optimizer, losses = config.optim.build(groups), []
+    for step, batch in enumerate(data.train_dataloader()):
+        if step in (0, BOUNDARY):
+            let_learn(groups, step)
+            optimizer.zero_grad()
+            loss = module.training_step(batch, step)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def keeps_the_contract(config: Config, case: Case, is_new_word: bool) -> None:
+    """Attached it changes nothing; two steps move what it declares and nothing else; its file is all of it; merged it is the same model."""
+    plain, (base, groups), (other, _) = config.base.load(), attached(config), attached(config)
+    for each in (plain, base, other):
+        config.objective.prepare(each)
+    words = f"{config.subject.class_noun} " * getattr(config.method, "num_vectors", 1) + "dog" if is_new_word else "sks dog"
+    assert torch.allclose(output(base), output(plain, words), atol=1e-6, rtol=0)
+    before = snapshot(base)
+    losses = two_steps(config, base, groups)
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert moved(before, snapshot(base)) == {key for key in before if re.search(case.declares, key)}
+    load_trainable_state(other, trainable_state(base), "best.safetensors")
+    learned = output(base)
+    assert torch.equal(output(other), learned) and not torch.equal(learned, output(plain))
+    config.method.merge(base)
+    torch.testing.assert_close(output(base), learned, atol=2e-5, rtol=1e-5)
+    assert base.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("prior", ["class images", "no prior"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@every_case
+def test_method_keeps_its_contract_with_every_objective_and_prior(configured, tiny_folder, name: str, objective: str, prior: str) -> None:
+    base = {"base.path": str(tiny_folder(prediction_type="v_prediction"))} if "zero" in objective else {}
+    rates = {f"optim.{part}learning_rate": 1e-3 for part in ("", "text_encoder_", "token_")}
+    config = configured(name, OBJECTIVES[objective] | PRIORS[prior] | base | rates | {"data.batch_size": 1})
+    keeps_the_contract(config, CASES[name], name in NEW_WORD)
+
+
+@pytest.mark.parametrize("name", LAB_CASES)
+def test_method_keeps_its_contract_on_the_lab(configured, name: str) -> None:
+    rates = {f"optim.{part}learning_rate": 1e-4 for part in ("", "text_encoder_", "token_")}
+    keeps_the_contract(
+        configured(name, {"base.path": "lab", "data.subject_dir": None, "subject.class_noun": "robot", "data.batch_size": 1} | rates),
+        CASES[name],
+        name in NEW_WORD,
+    )

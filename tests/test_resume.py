@@ -80,8 +80,28 @@ def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(
     _assert_equal(continued, straight)
 
 
+def test_run_cut_between_its_state_and_the_losses_of_that_step_equals_a_straight_one_bit_for_bit(
+    straight, tiny_folder, photos, tmp_path, monkeypatch
+) -> None:
+    words = _words(tiny_folder(), photos, tmp_path)
+    save = ContinueState.on_train_batch_end
+
+    def cut(self: ContinueState, trainer, module, *args) -> None:
+        save(self, trainer, module, *args)
+        if trainer.global_step == 2:
+            raise Cut
+
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(ContinueState, "on_train_batch_end", cut)
+        run(*words)
+    continued = run(*words)
+    assert continued.record["resumed"] == 1
+    _assert_equal(continued, straight)
+
+
 def _signalled(words: list[str], folder: Path, number: signal.Signals) -> tuple[int, str]:
     """Starts train.py and sends it a signal when its first state is on disk; returns the exit status and stderr."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests themselves run in the background, children would ignore it
     with subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 240
         while not list(folder.glob("default/*/checkpoints/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
