@@ -13,10 +13,8 @@ from torch import Tensor
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.errors import UserError
 from dreambooth.lab import measures, quality
-from dreambooth.lab.identities import COLORS
 from dreambooth.lab.pretrain import Pretraining, main, parse_changes
 from dreambooth.lab.pretraining import card, training
-from dreambooth.lab.pretraining.aids import KINDS, Aids, Known
 from dreambooth.lab.pretraining.autoencoder import AutoencoderJob, new_autoencoder, standardize_latents
 from dreambooth.lab.pretraining.data import BLOCK, Renders, draw_picture, held_out, render_stream
 from dreambooth.lab.pretraining.optimizers import Muon, average_into, learning_rate_factor, make_optimizers, orthogonalize
@@ -25,7 +23,6 @@ from dreambooth.lab.pretraining.tokenizer import MAX_TOKENS, build_tokenizer, me
 from dreambooth.lab.pretraining.training import Budget, Training
 from dreambooth.lab.scorers import LabScorers, Layout
 from dreambooth.lab.splits import RARE_TOKENS, TRAINED_CLASSES, TRAINED_CONTEXTS, draw_training_item, vocabulary
-from dreambooth.lab.world import PARTS, render_parts
 from dreambooth.pixel_metrics import blur
 
 TOY_LAYOUT = Layout(image_side=64, features=16, stem=8, blocks=((8, 2), (16, 2), (16, 2)), text_width=32, text_layers=1, text_heads=2)
@@ -155,10 +152,6 @@ def test_pretrain_continues_a_killed_stage_bit_for_bit(renders: Path, tmp_path: 
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def known(run: Pretraining) -> Known:
-    return Known(run.work / "known.npy", len(run.stream), 16, CPU, print)
-
-
 def trainer(renders: Path, work: Path, steps: int = 6) -> Training:
     run = toy(renders)
     job = AutoencoderJob(run.recipe("vae"), run.stream, held_out(["robot"], TRAINED_CONTEXTS, 1, 2), replace_folder(run, work))
@@ -226,8 +219,8 @@ def job(run: Pretraining, stage: str, folder: Path) -> training.Job:
         return IdentityJob(run.recipe("identity"), run.layout, run.stream, run.judged, run.vae, run.place)
     if stage == "captions":
         return CaptionJob(run.recipe("captions"), run.layout, run.tokenizer, run.stream, run.judged, run.vae, run.place)
-    latents = Latents(folder / "work" / "few_latents.npy", run.vae, run.stream, print)
-    return DenoiserJob(run.recipe("base"), run.tokenizer, run.vae, run.stream, latents, known(run), ["a robot"], run.place)
+    latents = Latents(folder / "work" / "few_latents.npy", run.vae, run.stream, torch.arange(len(run.stream)), print)
+    return DenoiserJob(run.recipe("base"), run.tokenizer, run.vae, run.stream, latents, ["a robot"], run.place)
 
 
 def test_rendering_continues_where_it_stopped(tmp_path: Path) -> None:
@@ -325,31 +318,23 @@ def test_orthogonalize_by_the_gram_matrix_is_the_iteration_itself(shape: tuple[i
     assert torch.allclose(orthogonalize(matrix).double(), x, atol=2e-5)
 
 
-def test_known_parts_and_hints_are_those_of_the_stream(renders: Path) -> None:
-    """What picture 5 shows, found again from its subject: the part in each cell by the classes' own numbers, the colours by their words."""
-    table = known(toy(renders))
-    item = draw_picture(5)
-    parts = render_parts([item.subject], [(item.seed,)], 16)[0]
-    own = table.parts[5].long()
-    assert torch.equal(own > 0, parts > 0) and own.max() < KINDS
-    first = 1 + TRAINED_CLASSES.index(item.subject.class_noun) * (PARTS - 1)
-    assert torch.equal(own[parts > 0], parts[parts > 0] + first - 1)
-    assert [list(COLORS)[number] for number in table.hints[5, :4].tolist()] == list(item.subject.color_names)
+def test_base_learns_from_its_own_classes_and_places_alone(finished: Path, tmp_path: Path) -> None:
+    """Latents and captions of a choice of pictures are those of the pictures themselves."""
+    from dreambooth.lab.pretraining.denoiser import DenoiserJob, Latents
+    from dreambooth.lab.pretraining.tokenizer import token_ids
 
-
-def test_hint_vectors_are_one_for_each_place_and_colour() -> None:
-    aids = Aids(16, 8)
-    hints = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 1, 2, 3]])
-    one, other = aids.hint_vectors(hints)
-    assert torch.equal(one[0], other[0]) and not torch.equal(one[0], one[1]) and not torch.equal(one[1], other[1])
-
-
-def test_parts_loss_is_the_cross_entropy_of_the_right_part() -> None:
-    aids, features = Aids(16, 8), torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    parts = torch.randint(KINDS, (2, 4, 4), generator=torch.Generator().manual_seed(1))
-    logits = aids.head(torch.nn.functional.silu(aids.norm(features)))
-    chosen = logits.softmax(1).gather(1, parts[:, None])
-    assert aids.parts_loss(features, parts).item() == pytest.approx(-chosen.log().mean().item(), rel=1e-5)
+    run = toy(finished)
+    numbers = run.stream.showing(TRAINED_CLASSES[:5], TRAINED_CONTEXTS[:6])
+    rows = [run.stream.rows[number] for number in numbers.tolist()]
+    assert 0 < len(rows) < len(run.stream)
+    assert {row.class_noun for row in rows} <= set(TRAINED_CLASSES[:5]) and {row.context for row in rows} <= set(TRAINED_CONTEXTS[:6])
+    latents = Latents(tmp_path / "latents.npy", run.vae, run.stream, numbers, print)
+    job = DenoiserJob(run.recipe("base"), run.tokenizer, run.vae, run.stream, latents, ["a robot"], run.place)
+    one = torch.tensor([len(rows) - 1])
+    picture = run.stream.pixels(numbers[one])
+    expected = run.vae.encode(picture).latent_dist.mean
+    assert torch.allclose(latents.sample(one, torch.tensor([0]), torch.zeros_like(expected)), expected, atol=5e-3)
+    assert torch.equal(job.tokens[-1], token_ids(run.tokenizer, [rows[-1].caption])[0])
 
 
 def test_muon_gets_hidden_matrices_only() -> None:

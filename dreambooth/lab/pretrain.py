@@ -39,6 +39,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "identity": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
     "captions": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
     "base": {
+        "classes": len(TRAINED_CLASSES),  # the first so many of those that are trained on
+        "contexts": len(TRAINED_CONTEXTS),
         "batch_size": 512,
         "matrix_lr": 0.02,
         "other_lr": 1.2e-3,
@@ -48,8 +50,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "text_layers": 3,
         "caption_dropout": 0.1,
         "weight_cap": 5.0,
-        "parts_weight": 0.2,
-        "hint_share": 0.5,
     },
 }
 ON_CPU: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ ON_CPU: dict[str, dict[str, Any]] = {
     "decoder": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
     "identity": {"batch_size": 96},
     "captions": {"batch_size": 64},
-    "base": {"batch_size": 32, "widths": [32, 128, 192]},
+    "base": {"classes": 10, "contexts": 12, "batch_size": 32, "widths": [32, 128, 192]},  # fewer: what it can learn in hours, it draws better
 }
 
 
@@ -228,18 +228,18 @@ class Pretraining:
 
     def stage_base(self) -> None:
         """Trains the UNet with its text encoder, and writes the diffusers folder."""
-        from dreambooth.lab.pretraining.aids import Known
         from dreambooth.lab.pretraining.card import check_size, write_base
         from dreambooth.lab.pretraining.denoiser import DenoiserJob, Latents
 
         recipe = self.recipe("base")
-        self.say(f"base: latents of {len(self.stream)} pictures and their mirror images")
-        latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, self.say)
-        shown = [f"a photo of a {noun} {context}" for noun in TRAINED_CLASSES[:6] for context in TRAINED_CONTEXTS[:6]]
-        known = Known(self.work / "known.npy", len(self.stream), latents.moments.shape[-1], self.device, self.say)
-        job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, known, shown, self.place)
+        classes, contexts = TRAINED_CLASSES[: recipe["classes"]], TRAINED_CONTEXTS[: recipe["contexts"]]
+        numbers = self.stream.showing(classes, contexts)
+        self.say(f"base: latents of {len(numbers)} pictures of {len(classes)} classes in {len(contexts)} places, and of their mirror images")
+        latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, numbers, self.say)
+        shown = [f"a photo of a {noun} {context}" for noun in classes[:6] for context in contexts[:6]]
+        job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, shown, self.place)
         networks = Training(job, self.budget("base"), self.place, self.say).run()
-        write_base(self.output / "base", networks["unet"], networks["text_encoder"], self.vae, self.tokenizer)
+        write_base(self.output / "base", networks["unet"], networks["text_encoder"], self.vae, self.tokenizer, classes, contexts)
         self.say(f"base: wrote {self.output / 'base'}; {check_size(self.output) / 1e6:.1f} MB of weights in all")
 
     def stage_card(self) -> None:

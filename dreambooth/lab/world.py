@@ -5,19 +5,18 @@ the place. Nothing else has a say, so an identity can be rendered again anywhere
 the oracle that real photos do not have. What pretraining must not see: `splits`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, one_hot
+from torch.nn.functional import avg_pool2d
 
 from dreambooth.errors import UserError
 from dreambooth.lab.canvas import make_canvas
 from dreambooth.lab.identities import CLASSES, COLORS, Identity, caption, identity
-from dreambooth.lab.primitives import Primitive
-from dreambooth.lab.raytrace import Hits, gather_solids, ground_shadow, trace
+from dreambooth.lab.raytrace import gather_solids, ground_shadow, trace
 from dreambooth.lab.scenes import SCENES, paint
 from dreambooth.lab.shading import contact_shade, shade
 from dreambooth.lab.shapes import build
@@ -44,8 +43,6 @@ PHOTO_CONTEXTS: tuple[str, ...] = ("on the grass", "on a wooden table", "on the 
 PHOTO_STREAM = 9  # part of the key of every photo of a built-in subject
 SUPERSAMPLING = 2  # rays along each side of a pixel
 CHUNK = 16  # pictures at once: bounds the memory
-PARTS = 6  # what `render_parts` tells apart
-RAYS_PER_CELL = 4
 
 
 def render(identities: Sequence[Identity], contexts: Sequence[str], seeds: Sequence[int], resolution: int = 64, device: str = "cpu") -> Tensor:
@@ -94,46 +91,17 @@ def render_masks(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]]
         resolution: pixels along each side.
         device: where the rays are traced, and where the result lies.
     """
-    masks, side = torch.empty(len(identities), resolution, resolution, device=device), resolution * SUPERSAMPLING
-    for own, parts, hits in _traced(identities, keys, side, device):
-        covered = torch.zeros(len(parts) * side * side, device=device)
-        covered[hits.ray] = 1
-        masks[own] = avg_pool2d(covered.view(-1, 1, side, side), SUPERSAMPLING)[:, 0]
-    return masks
-
-
-def render_parts(identities: Sequence[Identity], keys: Sequence[tuple[int, ...]], cells: int, device: str = "cpu") -> Tensor:
-    """Returns which part of the subject each cell of the pictures mostly shows: integers (N, cells, cells) in [0, PARTS).
-
-    0 is the place; 1 to 4 are the parts in the subject's first to fourth colour; 5 is what no subject has of its own: eyes, glass, accessories.
-
-    Args:
-        identities, keys: as for `render_masks`.
-        cells: along each side; each is judged by RAYS_PER_CELL x RAYS_PER_CELL rays.
-        device: where the rays are traced, and where the result lies.
-    """
-    found, side = torch.zeros(len(identities), cells, cells, dtype=torch.long, device=device), cells * RAYS_PER_CELL
-    for own, parts, hits in _traced(identities, keys, side, device):
-        pairs = [(subject.colors, solid.color) for subject, solids in zip(identities[own], parts, strict=True) for solid in solids]
-        slots = [1 + colors.index(color) if color in colors else 5 for colors, color in pairs]
-        shown = torch.zeros(len(parts) * side * side, dtype=torch.long, device=device)
-        shown[hits.ray] = torch.tensor(slots, device=device)[hits.solid]
-        shares = avg_pool2d(one_hot(shown.view(-1, side, side), PARTS).permute(0, 3, 1, 2).float(), RAYS_PER_CELL)
-        found[own] = shares.argmax(1)
-    return found
-
-
-def _traced(
-    identities: Sequence[Identity], keys: Sequence[tuple[int, ...]], side: int, device: str
-) -> Iterator[tuple[slice, list[Sequence[Primitive]], Hits]]:
-    """Yields for a few pictures at a time which they are, the solids of each subject, and what side x side rays a picture hit of them."""
+    masks = torch.empty(len(identities), resolution, resolution, device=device)
     for first in range(0, len(identities), CHUNK):
-        own = slice(first, first + CHUNK)
-        rngs = [np.random.default_rng(key) for key in keys[own]]
-        parts = [build(subject) for subject in identities[own]]
-        drawn = [draw_view(subject.class_noun, solids, rng) for subject, solids, rng in zip(identities[own], parts, rngs, strict=True)]
-        views = stack_views(drawn, device)
-        yield own, parts, trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
+        rngs = [np.random.default_rng(key) for key in keys[first : first + CHUNK]]
+        parts = [build(subject) for subject in identities[first : first + CHUNK]]
+        drawn = [draw_view(subject.class_noun, own, rng) for subject, own, rng in zip(identities[first : first + CHUNK], parts, rngs, strict=True)]
+        views, side = stack_views(drawn, device), resolution * SUPERSAMPLING
+        hits = trace(gather_solids(parts, [view.yaw for view in drawn], device), views, ray_directions(views.pitch, side))
+        covered = torch.zeros(len(drawn) * side * side, device=device)
+        covered[hits.ray] = 1
+        masks[first : first + CHUNK] = avg_pool2d(covered.view(-1, 1, side, side), SUPERSAMPLING)[:, 0]
+    return masks
 
 
 def subject_photos(class_noun: str, seed: int, count: int = 5) -> tuple[Tensor, list[str]]:

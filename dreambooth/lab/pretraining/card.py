@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from dreambooth.statistics import Interval, describe
 LIMIT_BYTES = 40_000_000  # of all weights: they are in the history of the repository for ever
 
 
-def write_base(folder: Path, unet: Any, text_encoder: Any, vae: Any, tokenizer: Any) -> None:
-    """Writes the stock diffusers folder in float16, and lab.json in it."""
+def write_base(folder: Path, unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, classes: Sequence[str], contexts: Sequence[str]) -> None:
+    """Writes the stock diffusers folder in float16, and lab.json in it: the classes and contexts are those that the UNet was taught."""
     assemble(unet, text_encoder, vae, tokenizer).to("cpu", torch.float16, memory_format=torch.contiguous_format).save(folder)
     config = folder / "text_encoder" / "config.json"  # else a plain call of stock tools gives a float16 text encoder beside a float32 UNet
     write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
     mark = {
         "world": WORLD_VERSION,
-        "classes": list(TRAINED_CLASSES),
-        "contexts": list(TRAINED_CONTEXTS),
+        "classes": list(classes),
+        "contexts": list(contexts),
         "scorers": "../scorers",
         "scorer_classes": list(TRAINED_CLASSES),
     }
@@ -74,8 +75,9 @@ def write_card(output: Path, work: Path, quality: dict[str, Any] | None, titles:
         quality: what `dreambooth.lab.quality` wrote; None before it has run.
         titles: of its figures.
     """
-    size = check_size(output)
+    size, mark = check_size(output), json.loads((output / "base" / "lab.json").read_text(encoding="utf-8"))
     stages = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(work.glob("*.json"))}
+    others = [word for word in (*TRAINED_CLASSES, *TRAINED_CONTEXTS) if word not in (*mark["classes"], *mark["contexts"])]
     lines = [
         "# The lab's weights",
         "",
@@ -84,7 +86,8 @@ def write_card(output: Path, work: Path, quality: dict[str, Any] | None, titles:
         "not an image generator. This page was written by the program.",
         "",
         f"- `base/`: an ordinary diffusers folder. `scorers/`: identity, image, text encoders. All float16, {size / 1e6:.1f} MB together.",
-        f"- World {WORLD_VERSION}. Classes: {', '.join(TRAINED_CLASSES)}. Places: {', '.join(TRAINED_CONTEXTS)}.",
+        f"- World {WORLD_VERSION}. The base draws {', '.join(mark['classes'])}, {', '.join(mark['contexts'])}.",
+        f"- Autoencoder and scorers know these as well: {', '.join(others) or 'no others'}.",
         f"- Rare words, one token each and in no caption: {', '.join(RARE_TOKENS)}.",
         "",
         "## Training",

@@ -139,6 +139,11 @@ class Renders:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def showing(self, classes: Sequence[str], contexts: Sequence[str]) -> Tensor:
+        """Returns the numbers of the pictures that show one of these classes in one of these places, ascending."""
+        fits = [number for number, row in enumerate(self.rows) if row.class_noun in classes and row.context in contexts]
+        return torch.tensor(fits, dtype=torch.long)
+
     def pixels(self, index: Tensor) -> Tensor:
         """Returns pictures in [-1, 1], (B, 3, 64, 64) float32 on the device."""
         if self.on_gpu is not None:

@@ -21,7 +21,6 @@ from dreambooth.errors import UserError
 from dreambooth.files import write_with
 from dreambooth.grids import image_grid
 from dreambooth.lab.measures import sharpness, to_bytes
-from dreambooth.lab.pretraining.aids import Aids, InnerFeatures, Known
 from dreambooth.lab.pretraining.data import Renders
 from dreambooth.lab.pretraining.tokenizer import token_ids
 from dreambooth.lab.pretraining.training import DENOISER, Job, Place, Say, generator, precision
@@ -91,19 +90,20 @@ def new_scheduler() -> Any:
 
 
 class Latents:
-    """The moments of the latents of all renders and of their mirror images, computed once and kept in one file as float16.
+    """The moments of the latents of some renders and of their mirror images, computed once and kept in one file as float16.
 
     Args:
         file: where to.
         vae: the trained autoencoder.
         renders: the pictures.
+        numbers: which of them, (N,): row k of the file belongs to picture numbers[k].
         say: gets a line now and then.
     """
 
-    def __init__(self, file: Path, vae: Any, renders: Renders, say: Say) -> None:
-        self.device, self.say = renders.device, say
+    def __init__(self, file: Path, vae: Any, renders: Renders, numbers: Tensor, say: Say) -> None:
+        self.device, self.numbers, self.say = renders.device, numbers, say
         channels, cells = 2 * vae.config.latent_channels, 64 // 2 ** (len(vae.config.block_out_channels) - 1)
-        shape = (len(renders), 2, channels, cells, cells)
+        shape = (len(numbers), 2, channels, cells, cells)
         if not file.is_file() or np.load(file, mmap_mode="r").shape != shape:
             write_with(file, lambda path: self._encode(path, shape, vae, renders))
         stored = np.load(file, mmap_mode="r" if self.device.type == "cpu" else None)
@@ -112,8 +112,8 @@ class Latents:
     @torch.no_grad()
     def _encode(self, path: Path, shape: tuple[int, ...], vae: Any, renders: Renders) -> None:
         stored, start, last = np.lib.format.open_memmap(path, "w+", np.float16, shape), time.monotonic(), 0.0
-        for part in torch.arange(shape[0], device=self.device).split(512):
-            pictures = renders.pixels(part)
+        for part in torch.arange(shape[0]).split(512):
+            pictures = renders.pixels(self.numbers[part].to(self.device))
             for mirrored in range(2):
                 moments = vae.encode(pictures.flip(-1) if mirrored else pictures).latent_dist.parameters
                 stored[int(part[0]) : int(part[-1]) + 1, mirrored] = moments.half().cpu().numpy()
@@ -138,26 +138,23 @@ class DenoiserJob(Job):
 
     name = "base"
 
-    def __init__(
-        self, recipe: dict[str, Any], tokenizer: Any, vae: Any, renders: Renders, latents: Latents, known: Known, shown: list[str], place: Place
-    ) -> None:
+    def __init__(self, recipe: dict[str, Any], tokenizer: Any, vae: Any, renders: Renders, latents: Latents, shown: list[str], place: Place) -> None:
         self.recipe, self.tokenizer, self.vae, self.renders = recipe, tokenizer, vae, renders
-        self.latents, self.known, self.shown, self.place = latents, known, shown, place
+        self.latents, self.shown, self.place = latents, shown, place
         self.batch_size, self.matrix_lr, self.other_lr = recipe["batch_size"], recipe["matrix_lr"], recipe["other_lr"]
         self.shape = (vae.config.latent_channels, *latents.moments.shape[-2:])
         torch.manual_seed(place.seed + 3)
         unet = new_unet(tuple(recipe["widths"]), self.shape[0], recipe["text_width"], recipe["groups"], self.shape[-1])
-        self.inner = InnerFeatures(unet)
-        aids = Aids(self.inner.channels, recipe["text_width"])
-        self.networks = {"unet": unet, "text_encoder": new_text_model(recipe["text_width"], recipe["text_layers"], tokenizer), "aids": aids}
-        self.tokens = token_ids(tokenizer, [row.caption for row in renders.rows]).to(place.device)  # (N, L)
+        text_encoder = new_text_model(recipe["text_width"], recipe["text_layers"], tokenizer)
+        self.networks = {"unet": unet, "text_encoder": text_encoder}
+        self.tokens = token_ids(tokenizer, [renders.rows[number].caption for number in latents.numbers.tolist()]).to(place.device)  # (N, L)
         self.no_words = token_ids(tokenizer, [""])[0].to(place.device)  # (L,)
         self.alphas_cumprod = scaled_linear_alphas_cumprod().to(place.device)
         self._forward = torch.compile(unet) if place.compiled else unet
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         draws, device, batch = generator(self.place, DENOISER, step), self.place.device, self.batch_size
-        index = torch.randint(len(self.renders), (batch,), generator=draws, device=device)
+        index = torch.randint(len(self.tokens), (batch,), generator=draws, device=device)
         mirrored = torch.randint(2, (batch,), generator=draws, device=device)
         posterior, noise = torch.randn(2, batch, *self.shape, generator=draws, device=device)
         t = torch.randint(len(self.alphas_cumprod), (batch,), generator=draws, device=device)
@@ -167,22 +164,16 @@ class DenoiserJob(Job):
         noisy = add_noise(x0, noise, t, self.alphas_cumprod).contiguous(memory_format=torch.channels_last)
         with precision(device):
             text = self.networks["text_encoder"](tokens).last_hidden_state  # (B, L, D)
-            if torch.rand((), generator=draws, device=device) < self.recipe["hint_share"]:  # whole batches: what is not there takes no place
-                text = torch.cat([text, self.networks["aids"].hint_vectors(self.known.hints[index])], 1)
             pred = self._forward(noisy, t, text).sample
         target = prediction_target(PREDICTION_TYPE, x0, noise, t, self.alphas_cumprod)
         weight = capped_velocity_weight(t, self.alphas_cumprod, self.recipe["weight_cap"], PREDICTION_TYPE)
-        denoising = (weight * (pred.float() - target).pow(2).flatten(1).mean(1)).mean()
-        parts = self.known.parts[index]
-        parts = torch.where(mirrored.view(-1, 1, 1).bool(), parts.flip(-1), parts)
-        naming = self.networks["aids"].parts_loss(self.inner.take(), parts)
-        return denoising + self.recipe["parts_weight"] * naming, {"denoising": denoising.detach(), "parts": naming.detach()}
+        return (weight * (pred.float() - target).pow(2).flatten(1).mean(1)).mean(), {}
 
     @torch.no_grad()
     def measure(self, averages: dict[str, nn.Module]) -> tuple[dict[str, float], Image.Image]:
         model = assemble(averages["unet"], averages["text_encoder"], self.vae, self.tokenizer)
         pictures = draw(model, self.shown, [(0, number) for number in range(len(self.shown))])
-        real = self.renders.pixels(torch.arange(min(256, len(self.renders)), device=self.place.device))
+        real = self.renders.pixels(self.latents.numbers[:256].to(self.place.device))
         rows = [to_bytes(pictures[first : first + 12]) for first in range(0, len(pictures), 12)]
         return {"sharpness_ratio": float(sharpness(pictures).mean() / sharpness(real).mean().cpu())}, image_grid(rows, scale=2)
 
