@@ -58,6 +58,20 @@ def report(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def dashboard(arguments: argparse.Namespace) -> None:
+    """Sends the report of run folders to Weights & Biases, and online builds the experiment's dashboard there."""
+    from dreambooth.config import Tracking
+    from dreambooth.dashboard import publish
+    from dreambooth.report_data import read_study
+
+    study = read_study(arguments.runs, arguments.baseline)
+    own = study.runs[0].config.wandb
+    mode = "online" if arguments.online else "offline"
+    tracking = Tracking(mode, arguments.project or own.project, arguments.entity or own.entity, own.tags)
+    for line in publish(study, tracking, study.runs[0].folder.path.parent, arguments.seed):
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dreambooth", description=__doc__)
@@ -84,6 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     three.add_argument("--baseline", help="arm that the others are held against, or a part of its name (default: the recipe's, else the first)")
     three.add_argument("--seed", type=int, default=0, help="of the random draw of the pictures that are shown (default: %(default)s)")
     three.set_defaults(call=report)
+    four = commands.add_parser("dashboard", help="the report of runs as a run on Weights & Biases; online also a dashboard and a report page there")
+    four.add_argument("runs", nargs="+", help="run folders, or folders that hold them (runs/prior)")
+    four.add_argument("--online", action="store_true", help="send at once, build the dashboard; needs wandb login (default: offline, for wandb sync)")
+    four.add_argument("--project", help="on W&B (default: that of the runs)")
+    four.add_argument("--entity", help="your user or team on W&B (default: that of the runs)")
+    four.add_argument("--baseline", help="as for report")
+    four.add_argument("--seed", type=int, default=0, help="of the random draw of the pictures that are shown (default: %(default)s)")
+    four.set_defaults(call=dashboard)
     arguments = parser.parse_args(argv)
     try:
         arguments.call(arguments)

@@ -121,6 +121,7 @@ class Data:
 
     subject_dir: str | None = None  # folder with 3 to 30 photos of the subject; null: the lab's built-in subject
     dreambench: str | None = None  # DreamBench folder: subject.name's photos, class noun and final prompts come from it
+    photos: int | None = None  # train on so many of the photos, whichever come first by content; null: all (of the built-in subject 5)
     on_bad_photo: str = "skip"  # a photo that cannot be read: "skip" it and say so, or "refuse" to start
     resolution: int | None = None  # px, side of the square crop; null: the base's own
     buckets: bool = False  # keep each photo's shape: resize to the bucket of about resolution^2 px that fits it best; a batch has one bucket
@@ -150,6 +151,7 @@ class Data:
             "512 is Stable Diffusion 1.5's",
         )
         _positive("data.batch_size", self.batch_size)
+        _positive("data.photos", self.photos)
         _require(self.held_out is None or self.held_out >= 0, "data.held_out", "must be 0 or more", self.held_out, "0 trains on every photo")
         _require(self.num_workers >= 0, "data.num_workers", "must be 0 or more", self.num_workers, "0 is enough for a few photos")
 

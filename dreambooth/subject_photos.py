@@ -57,7 +57,7 @@ def read_subject_photos(config: Config) -> SubjectPhotos:
     """
     first, extras = _read_one(config, "data.subject_dir"), []
     for number, extra in enumerate(config.extra_subjects):
-        data = replace(config.data, subject_dir=extra.subject_dir, held_out=0, repeats=extra.repeats)
+        data = replace(config.data, subject_dir=extra.subject_dir, held_out=0, photos=None, repeats=extra.repeats)
         alone = replace(config, subject=extra.as_subject(), data=data, extra_subjects=[])
         extras.append(_read_one(alone, f"extra_subjects[{number}].subject_dir"))
     if not extras:
@@ -77,7 +77,9 @@ def _read_one(config: Config, where: str) -> SubjectPhotos:
     if kept < 1:
         rule, next_step = f"must leave photos to train on, of {len(photos)}", "set fewer aside"
         raise ConfigError("data.held_out", rule, data.held_out, next_step)
-    own, aside = photos[:kept], photos[kept:]
+    if data.photos is not None and data.photos > kept:
+        raise ConfigError("data.photos", f"must be at most the {kept} photos that there are to train on", data.photos, "take fewer, or null for all")
+    own, aside = photos[:kept][: data.photos], photos[kept:]
     texts, doubts = _captions(config, own)
     return SubjectPhotos(
         [p.image for p in own],
@@ -151,7 +153,8 @@ def save_photos(run_folder: Path, photos: SubjectPhotos, resolution: int, crop: 
 def _lab_photos(config: Config) -> SubjectPhotos:
     from dreambooth.lab.world import PHOTO_STREAM, identity, render_masks, subject_photos
 
-    subject, count = config.subject, PHOTOS + config.data.held_out
+    subject, own_count = config.subject, config.data.photos or PHOTOS
+    count = own_count + config.data.held_out
     pixels, contexts = subject_photos(subject.class_noun, subject.lab_seed, count)  # (N, 3, H, W) uint8; more do not change the first
     arrays = [np.ascontiguousarray(p.permute(1, 2, 0).numpy()) for p in pixels]
     digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
@@ -162,18 +165,18 @@ def _lab_photos(config: Config) -> SubjectPhotos:
         own = identity(subject.class_noun, subject.lab_seed)
         shares = render_masks([own] * count, [(subject.lab_seed, k, PHOTO_STREAM) for k in range(count)], arrays[0].shape[0])  # (N, H, W)
         masks = [Image.fromarray((share * 255).round().byte().numpy()) for share in shares]
-    texts = [subject.in_prompt(subject.prompt + (f" {context}" if config.data.captions == "auto" else "")) for context in contexts[:PHOTOS]]
+    texts = [subject.in_prompt(subject.prompt + (f" {context}" if config.data.captions == "auto" else "")) for context in contexts[:own_count]]
     return SubjectPhotos(
-        images[:PHOTOS],
-        names[:PHOTOS],
+        images[:own_count],
+        names[:own_count],
         digest,
         _doubts(config),
         source,
-        images[PHOTOS:],
-        names[PHOTOS:],
+        images[own_count:],
+        names[own_count:],
         texts,
-        masks[:PHOTOS],
-        masks[PHOTOS:],
+        masks[:own_count],
+        masks[own_count:],
         subject,
         config.data.repeats,
     )

@@ -1,8 +1,10 @@
 """What all tests share: no network, one thread, tiny base models, and a resolved config in one call."""
 
+import copy
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # so that `pytest` finds the package and the scri
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny_pipelines import build_tiny  # noqa: E402
+from written_runs import SHOWN, SUBJECTS, write_run  # noqa: E402
 
 from dreambooth.base.stable_diffusion import StableDiffusion, StableDiffusionModel  # noqa: E402
 from dreambooth.config import Config, from_plain  # noqa: E402
@@ -74,3 +77,30 @@ def make_config(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[..
         return resolve(from_plain(plain, "test"))
 
     return make
+
+
+@pytest.fixture
+def write_group(make_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Path]:
+    """Gives `write_group([(changes, gain, drift), ...])`: the folder of one run for every arm, subject and seed."""
+
+    def write(
+        arms: Sequence[tuple[dict, float, float]], subjects: Sequence[str] = SUBJECTS, seeds: Sequence[int] = (0, 1), group: str = "prior"
+    ) -> Path:
+        for number, (changes, gain, drift) in enumerate(arms):
+            for subject in subjects:
+                for seed in seeds:
+                    config = make_config(SHOWN | changes | {"subject.name": subject, "seed": seed, "group": group})
+                    write_run(tmp_path / group / f"run-{number}-{subject}-{seed}", copy.deepcopy(config), gain, drift)
+        return tmp_path / group
+
+    return write
+
+
+@pytest.fixture
+def prior_group(write_group: Callable[..., Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prior preservation off (fidelity 0.6, drift 0.4 above the base's) and on (0.5 and 0.1); off was started first."""
+    kept = tmp_path_factory.getbasetemp() / "prior_group"
+    if not kept.is_dir():
+        shutil.copytree(write_group([({"prior.name": "none"}, 0.6, 0.4), ({}, 0.5, 0.1)]), kept)
+    shutil.copytree(kept, tmp_path / "prior", dirs_exist_ok=True)
+    return tmp_path / "prior"

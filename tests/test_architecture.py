@@ -27,15 +27,16 @@ LAYERS = {  # each may import itself and what stands above it here
         "final_scores rescoring combined_scores interop"
     ),
     "train": "data module fixed_loss callbacks first_steps mirror",
-    "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures studio __main__",
+    "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures dashboard studio __main__",
     "scripts": "train evaluate generate",
 }
 ORDER = list(LAYERS)
-HEAVY = ("diffusers", "transformers", "wandb", "matplotlib", "gradio", "accelerate")  # seconds to import: only where needed
+HEAVY = ("diffusers", "transformers", "wandb", "wandb_workspaces", "matplotlib", "gradio", "accelerate")  # seconds to import: only where needed
 ONLY_IN = {  # third-party name -> layers, or modules, that may import it
     "pytorch_lightning": ("train", "scripts"),
     "lightning": (),
-    "wandb": ("scripts", "dreambooth.mirror"),
+    "wandb": ("scripts", "dreambooth.mirror", "dreambooth.dashboard"),
+    "wandb_workspaces": ("dreambooth.dashboard",),
     "hydra": ("scripts", "dreambooth.cli", "dreambooth.sweeps"),
     "torchvision": (),
 }

@@ -276,7 +276,7 @@ def test_resolve_leaves_no_null_but_those_that_mean_off(family: str, sd_plain: d
     off = {"base.revision", "base.variant", "base.config_path", "base.prediction_type", "prior.class_dir", "encoders.folder", "wandb.entity"}
     off |= {"encoders.lpips_backbone"}
     off |= {"subject.prompt_noun", "trainer.early_stop_patience"}
-    off |= {"data.dreambench", "subject.name", "data.masks", "data.steps_per_image"}
+    off |= {"data.photos", "data.dreambench", "subject.name", "data.masks", "data.steps_per_image"}
     off |= {"method.text_encoder_stop_step", "optim.fused", "trainer.ema_decay"}
     off |= {"prior.weight_end", "objective.max_timestep", "objective.huber_delta"}
     assert nulls <= off | ({"data.subject_dir"} if family == "lab" else set())

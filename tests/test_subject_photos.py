@@ -40,6 +40,22 @@ def test_held_out_must_leave_something_to_train_on(tmp_path: Path) -> None:
         read(make_photos(tmp_path / "dog", count=3), "data.held_out=3")
 
 
+def test_fewer_photos_are_a_part_of_all_and_what_is_set_aside_stays_the_same(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "dog", count=6)
+    everything, few = read(folder, "data.held_out=2"), read(folder, "data.held_out=2", "data.photos=3")
+    assert few.names == everything.names[:3] and few.held_out_names == everything.held_out_names
+    with pytest.raises(ConfigError, match="data.photos must be at most the 4 photos that there are to train on, got 5"):
+        read(folder, "data.held_out=2", "data.photos=5")
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_built_in_subject_has_as_many_photos_as_are_asked_for(count: int) -> None:
+    found, usual = (read_subject_photos(resolve(composed(*words))) for words in ((f"data.photos={count}", "data.held_out=2"), ()))
+    assert (len(found.images), len(found.held_out), len(found.masks)) == (count, 2, count)
+    for own, same in zip(found.images, usual.images, strict=False):
+        assert np.array_equal(np.asarray(own), np.asarray(same))
+
+
 def test_built_in_subject_keeps_its_five_photos_whatever_is_held_out() -> None:
     few, many = (read_subject_photos(resolve(composed(f"data.held_out={count}"))) for count in (0, 3))
     assert (len(few.images), len(many.images), len(many.held_out)) == (PHOTOS, PHOTOS, 3)
