@@ -24,6 +24,7 @@ from dreambooth.report_tables import (
     reproducibility,
     score_tables,
 )
+from dreambooth.report_truth import truth_tables
 
 PICTURES = "report_figures"  # folder beside report.md
 
@@ -87,6 +88,7 @@ def make_report(study: Study, seed: int = 0) -> Report:
         Section("Pictures on the way", [], grids, []),
         Section("The prior: PRES and DIV", _there(prior), _there([panel_of.get("class_drift")]), []),
         Section("Subject by subject", _there([paired_dots(study, key) for key in ANSWERING]), [], [tables[-1]]),
+        Section("Against the ground truth", [], [], truth_tables(study)),
         Section("Copies of the photos", [], _there([panel_of.get("nearest_photos")]), []),
         Section("Further tables", [], [], tables[2:-1]),
         Section("Costs", [], [], [cost_table(study)]),

@@ -130,7 +130,7 @@ def course_table(points: Sequence[Point]) -> Table:
     titles = {info.key: info.title for info in METRICS}
     header = ["arm and step", *(titles[key] for key in ANSWERING), "Pareto front"]
     rows = [
-        [f"{p.arm}, step {p.step}", *(_short(p.values[key]) if key in p.values else "-" for key in ANSWERING), "yes" if p.on_front else ""]
+        [f"{p.arm}, step {p.step}", *(short(p.values[key]) if key in p.values else "-" for key in ANSWERING), "yes" if p.on_front else ""]
         for p in points
     ]
     note = "On the selection prompts, those that choose the step; the other tables are on prompts that chose nothing."
@@ -225,7 +225,7 @@ def _means(study: Study, best: dict[str, Comparison], last: dict[str, Comparison
             rows.append([label, *(_base_mean(images, info) for info in shown)])
     for step, comparisons in (("best", best), ("final", last)) if study.has_arms else (("", best),):
         for arm in dict.fromkeys(row.arm for found in comparisons.values() for row in found.rows):
-            cells = [next((_short(row.mean) for row in comparisons[info.key].rows if row.arm == arm), "-") for info in shown]
+            cells = [next((short(row.mean) for row in comparisons[info.key].rows if row.arm == arm), "-") for info in shown]
             rows.append([f"{arm}, {STEP_WORDS[step]}" if step else arm, *cells])
     note = f"Means over images, then runs, then subjects, on prompts that chose nothing. {best[shown[0].key].sentence}" if shown else ""
     header = ["", *(f"{info.title} ({'higher' if info.direction == 'up' else 'lower'} is better)" for info in shown)]
@@ -242,7 +242,7 @@ def _differences(title: str, comparisons: dict[str, Comparison]) -> Table:
         sentence, baseline = sentence or comparison.sentence, comparison.baseline
         for row in comparison.rows[1:]:
             p = [_p(row.test.p), _p(row.holm_p)] if row.test else ["", ""]
-            rows.append([info.title, row.arm, _signed(row.difference), *p, verdict(row, info)])
+            rows.append([info.title, row.arm, signed(row.difference), *p, verdict(row, info)])
     note = f"{sentence} {BY_INTERVAL_WORDS}" if any(BY_INTERVAL in cell for row in rows for cell in row) else sentence
     return Table(f"{title}, each minus {baseline}", note, ["score", "arm", "difference", "p", "p (Holm)", "in words"], rows)
 
@@ -275,7 +275,7 @@ def _by_subject(study: Study, comparisons: dict[str, Comparison]) -> Table:
 def _reference(study: Study, name: str, info: MetricInfo) -> str:
     values = [run.scores["references"].get(name, {}).get(info.key) for run in study.runs]
     interval = bootstrap_interval([math.nan if v is None else v for v in values], [run.subject for run in study.runs], unit="subject")
-    return "-" if math.isnan(interval.mean) else _short(interval)
+    return "-" if math.isnan(interval.mean) else short(interval)
 
 
 def _base_mean(images: pd.DataFrame, info: MetricInfo) -> str:
@@ -286,7 +286,7 @@ def _base_mean(images: pd.DataFrame, info: MetricInfo) -> str:
 def _macro(rows: pd.DataFrame, column: str) -> str:
     if not rows[column].notna().any():
         return "-"
-    return _short(hierarchical_interval(rows[column], rows.subject, rows.seed.fillna(-1)))
+    return short(hierarchical_interval(rows[column], rows.subject, rows.seed.fillna(-1)))
 
 
 def _in_words(row: ArmRow, info: MetricInfo) -> str:
@@ -304,13 +304,14 @@ def _over(known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arm: 
     return f" (95% intervals over {' and '.join(units)})" if units else ""
 
 
-def _short(interval: Interval) -> str:
+def short(interval: Interval) -> str:
     """Returns a mean, with its interval where there is one; never "-0.000"."""
     text = describe(interval, 3) if interval.low is not None else f"{interval.mean:.3f}"
     return re.sub(r"-(0\.0+)(?!\d)", r"\1", text)
 
 
-def _signed(d: Interval | None) -> str:
+def signed(d: Interval | None) -> str:
+    """Returns a difference with its sign and interval; "" for none."""
     if d is None:
         return ""
     return f"{d.mean:+.3f}" + (f" ({d.low:+.3f} to {d.high:+.3f})" if d.low is not None else f" (no interval: {d.n} {d.unit}s)")

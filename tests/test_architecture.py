@@ -27,7 +27,7 @@ LAYERS = {  # each may import itself and what stands above it here
         "final_scores rescoring combined_scores interop"
     ),
     "train": "data module fixed_loss callbacks first_steps mirror",
-    "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures dashboard studio __main__",
+    "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures report_truth dashboard studio __main__",
     "scripts": "train evaluate generate",
 }
 ORDER = list(LAYERS)
@@ -42,7 +42,7 @@ ONLY_IN = {  # third-party name -> layers, or modules, that may import it
 }
 FORBIDDEN_NAMES = {"utils", "util", "core", "common", "components", "helpers", "helper", "misc"}
 TEXT = {".py", ".yaml", ".yml", ".toml", ".cfg", ".json", ".md", ".txt", ".sh", ".ipynb", ".lock", ".html", ""}
-MAX_CONF_FILES, MAX_STEP_LINES = 25, 14
+MAX_CONF_FILES, MAX_STEP_LINES = 10, 14
 
 PACKAGE = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted((ROOT / "dreambooth").rglob("*.py"))
@@ -262,8 +262,9 @@ def test_architecture_the_loss_is_two_hops_from_train() -> None:
 
 
 def test_architecture_has_few_config_files() -> None:
-    files = [path for ending in ("*.yaml", "*.yml") for path in (ROOT / "conf").rglob(ending)]
-    assert len(files) <= MAX_CONF_FILES, f"conf/ has {len(files)} files; settings belong in dreambooth/config.py"
+    """Experiments are not counted: each is one file, by design."""
+    files = [path for ending in ("*.yaml", "*.yml") for path in (ROOT / "conf").rglob(ending) if path.parent.name != "experiment"]
+    assert len(files) <= MAX_CONF_FILES, f"conf/ has {len(files)} files beside the experiments; settings belong in dreambooth/config.py"
 
 
 def text_files() -> list[Path]:
