@@ -11,7 +11,6 @@ from dreambooth import cli, ranks, sweeps  # first: the package sets the thread 
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -62,7 +61,7 @@ def train(config: Config) -> RunFolder:
             return run
         try:
             task = {"config": to_plain(config), "run": str(run.path), "base_digest": base_digest}
-            with ranks.together(config.trainer.devices, device, Path(__file__), task) as first:
+            with ranks.together(config.trainer.devices, device, [__file__], task) as first:
                 fit_and_score(config, run, photos, own_bank, base_digest, first)
         except ClaimLost:  # the record is another process's now
             raise

@@ -73,6 +73,15 @@ class Ranks(NamedTuple):
         dist.all_reduce(total)
         return total / self.count
 
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replaces each of some tensors by its sum over all ranks, in place and in one exchange; all of them must call it."""
+        if self.count == 1:
+            return
+        together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(together)
+        for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
 
 ALONE = Ranks()
 
@@ -96,13 +105,13 @@ def check(count: int, device: str) -> None:
 
 
 @contextmanager
-def together(count: int, device: str, script: Path, task: dict[str, Any]) -> Iterator[Ranks]:
+def together(count: int, device: str, program: Sequence[str], task: dict[str, Any]) -> Iterator[Ranks]:
     """Gives the first rank of a run; outside the context the others are gone, whatever happened.
 
     Args:
         count: ranks, one of them this process.
         device: "cpu" or "cuda".
-        script: what the others run; it must call `following`.
+        program: what the others run, as it stands behind "python": it must call `following`.
         task: plain values that they are given.
 
     Raises:
@@ -116,7 +125,7 @@ def together(count: int, device: str, script: Path, task: dict[str, Any]) -> Ite
     threads = torch.get_num_threads()
     per_rank = max(1, threads // count) if device == "cpu" else threads
     told = task | {"port": store.port, "count": count, "device": device}
-    followers = [_Follower(index, script, told, per_rank) for index in range(1, count)]
+    followers = [_Follower(index, program, told, per_rank) for index in range(1, count)]
     closed = threading.Event()
     try:
         torch.set_num_threads(per_rank)
@@ -177,14 +186,15 @@ def _join(store: dist.Store, index: int, count: int, device: str) -> None:
 class _Follower:
     """A further rank, as the first one sees it."""
 
-    def __init__(self, index: int, script: Path, task: dict[str, Any], threads: int) -> None:
+    def __init__(self, index: int, program: Sequence[str], task: dict[str, Any], threads: int) -> None:
         self.index, self.printed = index, tempfile.TemporaryFile()
+        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))  # this very package
         self.process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, *program],
             stdin=subprocess.PIPE,
             stdout=self.printed,
             stderr=subprocess.STDOUT,
-            env=os.environ | {FOLLOWER: "1", LOCAL_RANK: str(index), "OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {FOLLOWER: "1", LOCAL_RANK: str(index), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the first rank, which ends the others
         )
         pipe: IO[bytes] = self.process.stdin

@@ -275,18 +275,18 @@ with ranks.following() as (own, task):
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Callable[[str], Path]:
-    """Gives `other("sys.exit(1)")`: the script of a further rank that takes a greeting and then does this."""
+def other(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Gives `other("sys.exit(1)")`: the program of a further rank that takes a greeting and then does this."""
 
-    def write(rest: str) -> Path:
+    def write(rest: str) -> list[str]:
         script = tmp_path / "other.py"
         script.write_text(OTHER.replace("{rest}", rest))
-        return script
+        return [str(script)]
 
     return write
 
 
-def test_together_exchanges_values(other: Callable[[str], Path]) -> None:
+def test_together_exchanges_values(other: Callable[[str], list[str]]) -> None:
     import torch as torch_here
 
     with ranks.together(2, "cpu", other("own.at_first(task['word']); import torch; own.mean(torch.tensor(4.0))"), {"word": "there"}) as own:
@@ -295,7 +295,7 @@ def test_together_exchanges_values(other: Callable[[str], Path]) -> None:
         assert float(own.mean(torch_here.tensor(2.0))) == 3.0
 
 
-def test_together_tells_the_error_of_another_rank(other: Callable[[str], Path]) -> None:
+def test_together_tells_the_error_of_another_rank(other: Callable[[str], list[str]]) -> None:
     with (
         pytest.raises(RuntimeError, match=r"(?s)rank 1 ended with exit status 1.*this is rank 1 of 2.*a bad day"),
         ranks.together(2, "cpu", other("raise ValueError('a bad day')"), {}) as own,
@@ -304,7 +304,7 @@ def test_together_tells_the_error_of_another_rank(other: Callable[[str], Path]) 
         own.at_first(None)  # waits for a value that never comes
 
 
-def test_together_gives_what_another_rank_refuses_as_a_sentence(other: Callable[[str], Path]) -> None:
+def test_together_gives_what_another_rank_refuses_as_a_sentence(other: Callable[[str], list[str]]) -> None:
     with (
         pytest.raises(UserError, match="rank 1 stopped: the photo must be whole"),
         ranks.together(2, "cpu", other("sys.exit(ranks.refuse('the photo must be whole'))"), {}) as own,
@@ -316,17 +316,16 @@ def test_together_gives_what_another_rank_refuses_as_a_sentence(other: Callable[
 LEADER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from pathlib import Path
 from dreambooth import ranks
-with ranks.together(2, "cpu", Path(sys.argv[2]), {}) as own:
+with ranks.together(2, "cpu", [sys.argv[2]], {}) as own:
     own.from_first("hello")
     print(own.at_first(0)[1], flush=True)
     time.sleep(60)
 """
 
 
-def test_together_ends_the_others_when_the_first_is_killed(other: Callable[[str], Path]) -> None:
-    words = [sys.executable, "-c", LEADER, str(ROOT), str(other("import os; own.at_first(os.getpid()); time.sleep(60)"))]
+def test_together_ends_the_others_when_the_first_is_killed(other: Callable[[str], list[str]]) -> None:
+    words = [sys.executable, "-c", LEADER, str(ROOT), *other("import os; own.at_first(os.getpid()); time.sleep(60)")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as first:
         pid = int(first.stdout.readline())
         assert is_running(pid)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.errors import UserError
 from dreambooth.lab import measures, quality
-from dreambooth.lab.pretrain import Pretraining, main, parse_changes
+from dreambooth.lab.pretrain import Pretraining, main
 from dreambooth.lab.pretraining import card, training
 from dreambooth.lab.pretraining.autoencoder import AutoencoderJob, new_autoencoder, standardize_latents
 from dreambooth.lab.pretraining.data import BLOCK, Renders, draw_picture, held_out, render_stream
 from dreambooth.lab.pretraining.optimizers import Muon, average_into, learning_rate_factor, make_optimizers, orthogonalize
+from dreambooth.lab.pretraining.recipes import parse_changes
 from dreambooth.lab.pretraining.scoring import swap_color
 from dreambooth.lab.pretraining.tokenizer import MAX_TOKENS, build_tokenizer, merge_rules
 from dreambooth.lab.pretraining.training import Budget, Training
@@ -337,6 +339,34 @@ def test_base_learns_from_its_own_classes_and_places_alone(finished: Path, tmp_p
     assert torch.equal(job.tokens[-1], token_ids(run.tokenizer, [rows[-1].caption])[0])
 
 
+def test_two_processes_train_the_base_as_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws, shared out; gradients added up; updates of the matrices made by turns."""
+    monkeypatch.setattr("dreambooth.lab.pretrain.TRAINED_CLASSES", TRAINED_CLASSES)  # as the other process has them
+    monkeypatch.setattr("dreambooth.lab.pretrain.TRAINED_CONTEXTS", TRAINED_CONTEXTS)
+    states = []
+    for processes in (1, 2):
+        work = tmp_path / str(processes) / "work"
+        for part in ("data", "tokenizer", "vae"):
+            shutil.copytree(finished / "work" / part, work / part)
+        replace(toy(work.parent, images=12), processes=processes).run("base")
+        states.append(torch.load(work / "base.state", weights_only=True))
+    one, two = (state["networks"]["unet"] | state["networks"]["text_encoder"] for state in states)
+    assert states[0]["step"] == states[1]["step"] == 3
+    start = untrained_unet(finished)
+    moved = max(float((one[name] - start[name]).abs().max()) for name in start)
+    assert moved > 1e-3 and all(torch.allclose(one[name], two[name], atol=0.02 * moved) for name in one)
+
+
+def untrained_unet(folder: Path) -> dict[str, Tensor]:
+    """The base's weights before the first step."""
+    return dict(job(toy(folder), "base", folder).networks["unet"].state_dict())
+
+
+def test_processes_must_share_a_batch_evenly(finished: Path) -> None:
+    with pytest.raises(UserError, match="--processes must divide the batch of 4, got 3"):
+        replace(toy(finished), processes=3).run("base")
+
+
 def test_muon_gets_hidden_matrices_only() -> None:
     network = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(16, 16, 3), "hidden": torch.nn.Conv2d(16, 16, 3), "norm": torch.nn.GroupNorm(4, 16)})
     adamw, muon = make_optimizers([network], 0.02, 1e-3)
@@ -409,8 +439,8 @@ def test_weights_above_the_limit_are_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_full_size_weights_stay_below_the_limit() -> None:
-    from dreambooth.lab.pretrain import RECIPES, SCORER_LAYOUT
     from dreambooth.lab.pretraining.denoiser import new_text_model, new_unet
+    from dreambooth.lab.pretraining.recipes import RECIPES, SCORER_LAYOUT
     from dreambooth.lab.scorers import ImageEncoder, new_text_encoder
 
     tokenizer, base, vae = build_tokenizer(vocabulary()), RECIPES["base"], RECIPES["vae"]

@@ -5,7 +5,6 @@ What is shipped lies in DIR itself (base, scorers, README.md), everything else i
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -19,46 +18,24 @@ import torch
 
 from dreambooth.errors import UserError
 from dreambooth.lab.pretraining.data import SHARD, HeldOut, Renders, held_out, render_stream
+from dreambooth.lab.pretraining.recipes import (
+    MINUTES,
+    MINUTES_CPU,
+    ON_CPU,
+    RECIPES,
+    RENDERS,
+    RENDERS_CPU,
+    SCORER_LAYOUT,
+    SHARES,
+    parse_changes,
+)
 from dreambooth.lab.pretraining.training import Budget, Place, Training
 from dreambooth.lab.scorers import Layout
 from dreambooth.lab.splits import TRAINED_CLASSES, TRAINED_CONTEXTS, vocabulary
+from dreambooth.ranks import ALONE, Ranks, following, is_follower, together
 
 STAGES = ("data", "tokenizer", "vae", "decoder", "scorers", "base", "card")
-SHARES = {"vae": 0.15, "decoder": 0.05, "identity": 0.12, "captions": 0.13, "base": 0.55}  # of a budget for all stages
-RENDERS = 200_000  # on a GPU, where the training of the base sees each some thirty times; fewer on a CPU
-RENDERS_CPU = 20_000
-MINUTES, MINUTES_CPU = 20.0, 180.0
-SCORER_LAYOUT = Layout(image_side=64)
 ENCODING = ("encoder.", "quant_conv.")  # names of the autoencoder's weights that decide what the latents are
-
-# Per network: what its result depends on. The UNet has 12.3 M parameters (widths are multiples of 32); all networks together 37 MB in float16.
-# These are for a GPU; a CPU takes ON_CPU's in their place: narrower networks and smaller batches, so that it gets through enough steps.
-RECIPES: dict[str, dict[str, Any]] = {
-    "vae": {"batch_size": 128, "crop": 64, "matrix_lr": 0.02, "other_lr": 1e-3, "widths": [32, 64, 128], "channels": 8, "groups": 8},
-    "decoder": {"batch_size": 128, "crop": 64, "matrix_lr": 0.01, "other_lr": 5e-4, "widths": [32, 64, 128], "channels": 8, "groups": 8},
-    "identity": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
-    "captions": {"batch_size": 512, "matrix_lr": 0.02, "other_lr": 1e-3},
-    "base": {
-        "classes": len(TRAINED_CLASSES),  # the first so many of those that are trained on
-        "contexts": len(TRAINED_CONTEXTS),
-        "batch_size": 512,
-        "matrix_lr": 0.02,
-        "other_lr": 1.2e-3,
-        "widths": [64, 160, 192],
-        "groups": 8,
-        "text_width": 128,
-        "text_layers": 3,
-        "caption_dropout": 0.1,
-        "weight_cap": 5.0,
-    },
-}
-ON_CPU: dict[str, dict[str, Any]] = {
-    "vae": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
-    "decoder": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
-    "identity": {"batch_size": 96},
-    "captions": {"batch_size": 64},
-    "base": {"classes": 10, "contexts": 12, "batch_size": 32, "widths": [32, 128, 192]},  # fewer: what it can learn in hours, it draws better
-}
 
 
 @dataclass
@@ -81,6 +58,8 @@ class Pretraining:
         changes: settings in place of RECIPES', by network.
         save_every_s: seconds that a kill may cost.
         say: gets each line for the user.
+        processes: that train the base together, each on its share of every batch: on a CPU several use its cores better than threads do.
+        ranks: this process among them.
     """
 
     output: Path
@@ -99,6 +78,8 @@ class Pretraining:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     save_every_s: float = 45.0
     say: Callable[[str], None] = print
+    processes: int = 1
+    ranks: Ranks = ALONE
 
     @property
     def work(self) -> Path:
@@ -123,7 +104,7 @@ class Pretraining:
     @property
     def place(self) -> Place:
         """Where the states lie, and on which device the training runs."""
-        return Place(self.work, self.device, self.seed, self.save_every_s, compiled=self.compiled)
+        return Place(self.work, self.device, self.seed, self.save_every_s, compiled=self.compiled, ranks=self.ranks)
 
     @cached_property
     def stream(self) -> Renders:
@@ -237,10 +218,26 @@ class Pretraining:
         self.say(f"base: latents of {len(numbers)} pictures of {len(classes)} classes in {len(contexts)} places, and of their mirror images")
         latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, numbers, self.say)
         shown = [f"a photo of a {noun} {context}" for noun in classes[:6] for context in contexts[:6]]
-        job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, shown, self.place)
-        networks = Training(job, self.budget("base"), self.place, self.say).run()
+        if recipe["batch_size"] % self.processes:
+            raise UserError("--processes", f"must divide the batch of {recipe['batch_size']}", self.processes, "choose 2 or 4")
+
+        def train(place: Place) -> dict[str, Any]:
+            job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, shown, place)
+            return Training(job, self.budget("base"), place, self.say).run()
+
+        if not self.ranks.is_first:
+            train(self.place)
+            return
+        with together(self.processes, self.device.type, ["-m", "dreambooth.lab.pretrain"], self._task()) as own:
+            networks = train(self.place._replace(ranks=own))
         write_base(self.output / "base", networks["unet"], networks["text_encoder"], self.vae, self.tokenizer, classes, contexts)
         self.say(f"base: wrote {self.output / 'base'}; {check_size(self.output) / 1e6:.1f} MB of weights in all")
+
+    def _task(self) -> dict[str, Any]:
+        """Returns what a further process needs to know to train the base with this one, as plain values."""
+        own = {"renders": self.renders, "images": self.images, "minutes": self.minutes, "seed": self.seed, "shard": self.shard}
+        own |= {"is_one_stage": self.is_one_stage, "changes": self.changes, "processes": self.processes, "compiled": self.compiled}
+        return {"pretraining": own, "output": str(self.output.resolve())}
 
     def stage_card(self) -> None:
         """Measures the folder and writes the model card."""
@@ -251,16 +248,11 @@ class Pretraining:
         self.say(f"card: wrote {write_card(self.output, self.work, found, TITLES)}")
 
 
-def parse_changes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns settings by network from words like base.batch_size=256 (the value is JSON); UserError for an unknown name."""
-    changes: dict[str, dict[str, Any]] = {}
-    for word in given:
-        path, _, value = word.partition("=")
-        network, _, key = path.partition(".")
-        if key not in RECIPES.get(network, {}):
-            raise UserError("--set", "must name a setting of vae, decoder, identity, captions or base", word, "write it like base.batch_size=256")
-        changes.setdefault(network, {})[key] = json.loads(value)
-    return changes
+def follow() -> None:
+    """Trains the base in a process that another one of this command started."""
+    with following() as (own, task):
+        device = torch.device(task["device"])
+        Pretraining(Path(task["output"]), device, **task["pretraining"], ranks=own, say=lambda line: None).stage_base()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -276,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=8, help="stage card: pictures of each class in each place")
     parser.add_argument("--compile", action="store_true", help="torch.compile for vae and base: a minute at the start, faster steps")
+    parser.add_argument("--processes", type=int, default=1, help="stage base: processes that train it together; on a CPU as many as cores")
     parser.add_argument("--set", action="append", default=[], metavar="NETWORK.KEY=VALUE", help="another value of a recipe, as base.batch_size=256")
     given = parser.parse_args(arguments)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
@@ -286,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = Pretraining(
             given.output, device, renders, given.images, minutes, given.workers, given.seed, given.compile, given.stage != "all", given.seeds,
-            changes=parse_changes(given.set), say=lambda line: print(line, flush=True),
+            changes=parse_changes(given.set), say=lambda line: print(line, flush=True), processes=given.processes,
         )  # fmt: skip
         length = f"{given.images} images" if given.images else f"{minutes:g} minutes of training"
         run.say(f"stage {given.stage} on {device}: {renders} renders, {length}, beside rendering and measuring; the same command continues")
@@ -298,4 +291,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    follow() if is_follower() else sys.exit(main())

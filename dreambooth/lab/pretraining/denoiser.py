@@ -159,6 +159,7 @@ class DenoiserJob(Job):
         posterior, noise = torch.randn(2, batch, *self.shape, generator=draws, device=device)
         t = torch.randint(len(self.alphas_cumprod), (batch,), generator=draws, device=device)
         is_mute = torch.rand(batch, generator=draws, device=device) < self.recipe["caption_dropout"]
+        index, mirrored, posterior, noise, t, is_mute = (self.place.ranks.share(drawn) for drawn in (index, mirrored, posterior, noise, t, is_mute))
         tokens = torch.where(is_mute[:, None], self.no_words, self.tokens[index])
         x0 = self.latents.sample(index, mirrored, posterior)
         noisy = add_noise(x0, noise, t, self.alphas_cumprod).contiguous(memory_format=torch.channels_last)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dreambooth.ranks import ALONE, Ranks
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan 2024
 ITERATIONS = 5
 SMALLEST_SIDE = 16  # matrices below this gain nothing from being made orthogonal
@@ -42,10 +44,11 @@ def _from_gram(x: Tensor) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     gram, product, identity = x @ x.mT, None, torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
         factor = a * identity + b * gram + c * gram @ gram
         product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor
+        if iteration + 1 < ITERATIONS:
+            gram = factor @ gram @ factor
     return product @ x
 
 
@@ -59,10 +62,12 @@ class Muon(torch.optim.Optimizer):
         params: weights of two dimensions or more.
         lr: length of the update, as a spectral norm.
         momentum: share of the past in the (Nesterov) momentum, in [0, 1).
+        ranks: processes that train the same weights with the same gradients: each makes its share of the updates orthogonal, for all.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, ranks: Ranks = ALONE) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.ranks = ranks
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -72,11 +77,25 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     shapes.setdefault((len(weight), weight[0].numel()), []).append(weight)
-            for (rows, columns), weights in shapes.items():
-                updates = torch.stack([self._momentum(weight, group["momentum"]).reshape(rows, columns) for weight in weights])  # (K, m, n)
+            stacks = [
+                torch.stack([self._momentum(weight, group["momentum"]).reshape(shape) for weight in weights])  # (K, m, n)
+                for shape, weights in shapes.items()
+            ]
+            updates = [self._share(stack) for stack in stacks]
+            self.ranks.add_up(updates)
+            for (rows, columns), weights, stack in zip(shapes, shapes.values(), updates, strict=True):
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for weight, update in zip(weights, orthogonalize(updates), strict=True):
+                for weight, update in zip(weights, stack, strict=True):
                     weight.add_(update.reshape(weight.shape), alpha=-scale)
+
+    def _share(self, stack: Tensor) -> Tensor:
+        """Returns the orthogonal updates of this rank's share of the matrices (K, m, n), and zeros for those of the others."""
+        if self.ranks.count == 1:
+            return orthogonalize(stack)
+        updates, own = torch.zeros_like(stack), slice(self.ranks.index, None, self.ranks.count)
+        if len(stack[own]):
+            updates[own] = orthogonalize(stack[own])
+        return updates
 
     def _momentum(self, weight: nn.Parameter, momentum: float) -> Tensor:
         """Returns the Nesterov momentum of one weight, and keeps the plain one."""
@@ -87,13 +106,14 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(state["momentum"], momentum)
 
 
-def make_optimizers(modules: Sequence[nn.Module], matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(modules: Sequence[nn.Module], matrix_lr: float, other_lr: float, ranks: Ranks = ALONE) -> list[torch.optim.Optimizer]:
     """Returns Muon over the hidden matrices of the modules and AdamW over everything else.
 
     Args:
         modules: what is trained.
         matrix_lr: of Muon; 0.02 in most reports. 0 leaves everything to AdamW.
         other_lr: of AdamW.
+        ranks: as for `Muon`.
     """
     hidden, others = [], []
     for module in modules:
@@ -102,7 +122,7 @@ def make_optimizers(modules: Sequence[nn.Module], matrix_lr: float, other_lr: fl
             is_hidden = matrix_lr > 0 and is_matrix and not any(end in name for end in ENDS)
             (hidden if is_hidden else others).append(weight)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
-    return [*optimizers, Muon(hidden, matrix_lr)] if hidden else optimizers
+    return [*optimizers, Muon(hidden, matrix_lr, ranks=ranks)] if hidden else optimizers
 
 
 def learning_rate_factor(step: int, total: int | None, warmup: int = 100, constant: float = 0.5) -> float:

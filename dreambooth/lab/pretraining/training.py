@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dreambooth.errors import UserError
 from dreambooth.files import write_json, write_png, write_with
 from dreambooth.lab.pretraining.optimizers import average_into, learning_rate_factor, make_optimizers
+from dreambooth.ranks import ALONE, Ranks
 
 DATA, AUTOENCODER, IDENTITY, CAPTIONS, DENOISER = range(40, 45)  # streams of randomness, apart from those of `randomness.py`
 SETTLING_STEPS = 20  # before the speed is measured: the first steps compile and allocate
@@ -36,7 +37,7 @@ class Budget:
 
 
 class Place(NamedTuple):
-    """Where a stage keeps what it makes, on which device it runs, and from which seed."""
+    """Where a stage keeps what it makes, on which device it runs, from which seed, and which of several processes this is."""
 
     folder: Path
     device: torch.device
@@ -44,6 +45,7 @@ class Place(NamedTuple):
     save_every_s: float = 45.0
     show_every_s: float = 60.0
     compiled: bool = False
+    ranks: Ranks = ALONE
 
 
 class Job(ABC):
@@ -66,7 +68,7 @@ class Job(ABC):
 
     @abstractmethod
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a step, and parts of it for the log."""
+        """Returns the loss of a step, and parts of it for the log; of several ranks each takes its share of the batch."""
 
     @abstractmethod
     def measure(self, averages: dict[str, nn.Module]) -> tuple[dict[str, float], Image.Image | None]:
@@ -92,7 +94,7 @@ class Training:
         for network in job.networks.values():
             network.to(place.device, memory_format=torch.channels_last).train()
         self.averages = {name: deepcopy(network).eval().requires_grad_(False) for name, network in job.networks.items()}
-        self.optimizers = make_optimizers(list(job.networks.values()), job.matrix_lr, job.other_lr)
+        self.optimizers = make_optimizers(list(job.networks.values()), job.matrix_lr, job.other_lr, place.ranks)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.weights = [weight for network in job.networks.values() for weight in network.parameters()]
         self.averaged = [weight for average in self.averages.values() for weight in average.parameters()]
@@ -121,6 +123,9 @@ class Training:
             self.spent_s = before_s + now - start
             if self.total is None or self.step == SETTLING_STEPS:
                 probe = self._plan(probe, now)
+                self.total = self.place.ranks.from_first(self.total)
+            if not self.place.ranks.is_first:
+                continue  # the first one alone measures and saves; the others wait for it at the next step
             if self.total is None:
                 continue  # nothing else may take time while the speed is measured
             if self.is_done or now - last_show > show_every_s:
@@ -140,6 +145,7 @@ class Training:
                 group["lr"] = rate * factor
         loss, logs = self.job.loss(self.step)
         loss.backward()
+        self._share_gradients()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -147,6 +153,14 @@ class Training:
         average_into(self.averaged, self.weights, self.step)
         self.step += 1
         return {"loss": loss.detach(), **logs}
+
+    def _share_gradients(self) -> None:
+        """Gives every rank the gradient of the whole batch."""
+        ranks = self.place.ranks
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        ranks.add_up(gradients)
+        if ranks.count > 1:
+            torch._foreach_div_(gradients, ranks.count)
 
     def _plan(self, probe: tuple[int, float] | None, now: float) -> tuple[int, float] | None:
         """Sets the number of all steps once the speed is known, from a budget in minutes; returns where the measurement began."""
