@@ -63,6 +63,7 @@ def generate(
                 batch,
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
+                guidance_rescale=sampling.guidance_rescale or 0.0,
                 latents=latents.to(device, base.unet.dtype),
                 height=resolution,
                 width=resolution,

@@ -44,6 +44,7 @@ LAB: dict[str, Any] = {
     "sampling.sampler": "dpmsolver++",
     "sampling.steps": 16,
     "sampling.guidance_scale": 3.0,
+    "sampling.guidance_rescale": 0.0,
     "sampling.batch_size": 32,
     "evaluation.selection_prompts": [f"a photo of a {{subject}} {context}" for context in ("in a city", "at night", "at sunset", "on a red carpet")],
     "evaluation.final_prompts": [
@@ -78,6 +79,7 @@ STABLE_DIFFUSION: dict[str, Any] = {
     "sampling.sampler": "ddim",
     "sampling.steps": 50,
     "sampling.guidance_scale": 7.5,
+    "sampling.guidance_rescale": 0.0,
     "sampling.batch_size": 4,
     "evaluation.selection_prompts": [
         f"a photo of a {{subject}} {context}" for context in ("at night", "on a city street", "on a red carpet", "in a kitchen")

@@ -87,6 +87,20 @@ def test_generate_is_diffusers_pipeline_on_the_keyed_latents(tiny_folder: Callab
     assert np.abs(images - (expected * 255).round()).max() <= 1
 
 
+def test_generate_takes_back_what_guidance_over_exposes(tiny_folder: Callable[..., Path], shared_base: StableDiffusionModel) -> None:
+    """Lin et al. 2024, sec. 3.4, as diffusers does it; and at 0 nothing changes."""
+    folder = tiny_folder()
+    ddim = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, scheduler=ddim, safety_checker=None, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.stack([randomness.normal((4, 8, 8), randomness.SAMPLING, *key) for key in KEYS])
+    given = {"num_inference_steps": 3, "guidance_scale": 9.0, "latents": latents, "output_type": "np"}
+    expected = (pipeline(PROMPTS, guidance_rescale=0.7, **given).images * 255).round()
+    found, plain = (draw(shared_base, guidance_scale=9.0, guidance_rescale=share) for share in (0.7, 0.0))
+    assert np.abs(found - expected).max() <= 1 and np.abs(found - plain).max() > 2
+    assert np.array_equal(plain, draw(shared_base, guidance_scale=9.0))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws(tiny_folder: Callable[..., Path], sampler: str) -> None:
     found = draw(loaded(tiny_folder, "epsilon"), PROMPTS[:1], KEYS[:1], sampler=sampler, steps=3)
