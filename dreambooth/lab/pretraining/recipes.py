@@ -40,7 +40,7 @@ ON_CPU: dict[str, dict[str, Any]] = {
     "decoder": {"batch_size": 32, "crop": 32, "widths": [16, 48, 128]},
     "identity": {"batch_size": 96},
     "captions": {"batch_size": 64},
-    "base": {"classes": 10, "contexts": 12, "batch_size": 32, "widths": [32, 128, 192]},  # fewer: what it can learn in hours, it draws better
+    "base": {"classes": 10, "contexts": 12, "batch_size": 32, "widths": [64, 96, 128]},  # what can be learned in hours
 }
 
 
