@@ -53,6 +53,7 @@ def trajectory(study: Study, points: Sequence[Point]) -> Plot | None:
         front = sorted((p.values[x_key].mean, p.values[y_key].mean) for p in points if p.on_front)
         ax.plot(*zip(*front, strict=True), color=INK, lw=0.8, ls=":", marker="o", ms=11, mfc="none", label="Pareto front") if front else None
         ax.set(xlabel="prompt alignment (right is better)", ylabel="identity fidelity (up is better)")
+        ax.locator_params(axis="x", nbins=5)  # narrow ranges have long numbers
 
     front = [f"{p.arm} at step {p.step}" for p in points if p.on_front]
     ends = [f"{p.arm}, step {p.step}: fidelity {p.values[y_key].mean:.2f}, alignment {p.values[x_key].mean:.2f}" for p in points]
