@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from dreambooth.errors import UserError
 from dreambooth.lab.paths import BASE_FOLDER, SCORERS_FOLDER, WEIGHTS_FOLDER
@@ -30,7 +29,7 @@ def scorers() -> LabScorers:
 
 @pytest.fixture(scope="module")
 def contexts() -> list[str]:
-    return [KNOWN_CONTEXTS[(5 * index + 4 * view) % 12] for index in range(len(SUBJECTS)) for view in range(VIEWS)]
+    return [KNOWN_CONTEXTS[(5 * index + 4 * view) % len(KNOWN_CONTEXTS)] for index in range(len(SUBJECTS)) for view in range(VIEWS)]
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +78,14 @@ def test_text_finds_the_right_class_and_context(scorers: LabScorers, held_out: T
     best = (scorers.image(held_out) @ prompts.T).argmax(1)
     nouns = torch.arange(len(SCORED)).repeat_interleave(8 * VIEWS)
     places = torch.tensor([KNOWN_CONTEXTS.index(context) for context in contexts])
-    assert (best // 12 == nouns).float().mean() > 0.9  # 0.98 on 480 pictures
-    assert (best % 12 == places).float().mean() > 0.97  # 1.00
+    assert (best // len(KNOWN_CONTEXTS) == nouns).float().mean() > 0.9  # 0.98 on 480 pictures
+    assert (best % len(KNOWN_CONTEXTS) == places).float().mean() > 0.97  # 1.00
 
 
 def test_text_tells_a_hat_from_none(scorers: LabScorers) -> None:
     """The body's colour it does not tell: 0.23 among ten (`weights/README.md`)."""
     wearers = [identity(noun, 70_000 + index, accessory=None if index % 2 else "hat") for noun in SCORED for index in range(4)]
-    images = scorers.image(to_float(render(wearers, ["on the grass"] * 16, range(16))))
+    images = scorers.image(to_float(render(wearers, ["on the grass"] * len(wearers), range(len(wearers)))))
     bare, hatted = (scorers.text([f"a photo of a {wearer.class_noun}{hat} on the grass" for wearer in wearers]) for hat in ("", " wearing a hat"))
     says_hat = (images * hatted).sum(1) > (images * bare).sum(1)
     assert (says_hat == torch.tensor([wearer.accessory == "hat" for wearer in wearers])).float().mean() > 0.8  # 0.99 on 240 pictures
@@ -97,8 +96,11 @@ def test_text_refuses_a_prompt_longer_than_it_reads(scorers: LabScorers) -> None
         scorers.text(["a photo of a robot", "a photo of a red robot wearing a hat in the snow on the beach in a city at night"])
 
 
-def test_scorers_see_the_mean_of_each_pixel(scorers: LabScorers, held_out: Tensor) -> None:
-    assert torch.allclose(scorers.identity(held_out[:3]), scorers.identity(avg_pool2d(held_out[:3], 2)), atol=1e-5)
+def test_scorers_see_the_mean_of_what_falls_into_one_of_their_pixels(scorers: LabScorers, held_out: Tensor) -> None:
+    larger = held_out[:3].repeat_interleave(2, 2).repeat_interleave(2, 3)  # four equal pixels for one
+    assert torch.allclose(scorers.identity(held_out[:3]), scorers.identity(larger), atol=1e-5)
+    speckled = larger + 0.2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(64, 64)  # each four have the mean that they had
+    assert torch.allclose(scorers.identity(held_out[:3]), scorers.identity(speckled), atol=1e-4)
 
 
 @pytest.mark.parametrize("resolution", [96, 100, 128])
@@ -136,7 +138,7 @@ def test_scorers_name_the_file_that_is_missing(tmp_path: Path) -> None:
 
 def test_packaged_weights_are_safetensors_and_text_only() -> None:
     suffixes = {file.suffix for file in WEIGHTS_FOLDER.rglob("*") if file.is_file()}
-    assert suffixes == {".safetensors", ".json", ".md"}
+    assert suffixes - {".txt"} == {".safetensors", ".json", ".md"}  # .txt: the merges of a tokenizer
 
 
 def test_lab_mark_agrees_with_the_world() -> None:
