@@ -213,8 +213,8 @@ class Sampling:
     sampler: str | None = None  # ddim, dpmsolver++, euler, euler_a, ddpm, pndm, unipc, heun; null: the base's recipe
     steps: int | None = None  # denoising steps; null: the base's recipe
     guidance_scale: float | None = None  # classifier-free guidance; 1 is off; null: the base's recipe
-    guidance_rescale: float | None = None  # in [0, 1], takes back over-exposure by guidance (Lin et al. 2024; 0.7 with zero terminal SNR); null: 0
     batch_size: int | None = None  # images at once; null: the base's recipe
+    guidance_rescale: float | None = None  # in [0, 1], takes back over-exposure by guidance (Lin et al. 2024; 0.7 with zero terminal SNR); null: 0
 
     def __post_init__(self) -> None:
         _require(self.sampler in (None, *SAMPLERS), "sampling.sampler", f"must be one of {', '.join(SAMPLERS)}", self.sampler, "choose one of them")

@@ -89,7 +89,7 @@ def test_draw_bank_draws_images_of_the_training_resolution_that_differ(drawn: Cl
 def test_draw_bank_writes_what_made_it(config: Config, drawn: ClassBank) -> None:
     manifest = json.loads((folder(drawn) / "manifest.json").read_text())
     assert manifest["base_digest"] == "digest" and manifest["resolution"] == 64
-    assert manifest["sampling"] == {"sampler": "ddim", "steps": 2, "guidance_scale": 7.5}
+    assert manifest["sampling"] == {"sampler": "ddim", "steps": 2, "guidance_scale": 7.5, "guidance_rescale": 0.0}
     assert [(image["name"], image["prompt"]) for image in manifest["images"]] == [(item.name, item.prompt) for item in plan(config)]
 
 
