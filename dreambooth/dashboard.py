@@ -14,7 +14,7 @@ from PIL import Image
 from dreambooth.config import CHOICES, Tracking
 from dreambooth.errors import UserError
 from dreambooth.mirror import wandb_run
-from dreambooth.report import Report, make_report, render
+from dreambooth.report import Report, make_report, markdown_cell, render
 from dreambooth.report_data import Study, axes
 from dreambooth.report_figures import TITLES
 from dreambooth.report_pictures import sheet
@@ -183,7 +183,7 @@ def _settings(wr: Any, study: Study) -> list[Any]:
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
 
 
 def _distinct(header: list[str]) -> list[str]:

@@ -80,40 +80,42 @@ class Optimizer:
         return [of(group) for group in groups]
 
 
-def _refuse_bad_moments(optimizer: Any) -> None:
-    if len(optimizer.betas) != 2 or not all(0 <= b < 1 for b in optimizer.betas):
-        raise ConfigError("optim.betas", "must be two numbers in [0, 1)", list(optimizer.betas), "[0.9,0.999] is usual")
-    if not (optimizer.weight_decay >= 0 and optimizer.eps > 0):  # NaN too
-        got = f"weight_decay={optimizer.weight_decay} eps={optimizer.eps}"
-        raise ConfigError("optim", "must have weight_decay >= 0 and eps > 0", got, "set both")
-
-
-def _settings(optimizer: Any, groups: list[ParamGroup]) -> list[dict[str, Any]]:
-    """Returns torch's form of the groups; the identifier's row is never decayed."""
-    return [
-        {
-            "params": group.parameters,
-            "lr": optimizer.rate(group.part),
-            "weight_decay": 0.0 if group.part == "token" else optimizer.weight_decay,
-            "name": group.part,
-        }
-        for group in groups
-    ]
-
-
 @dataclass(slots=True)
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); the identifier's row is never decayed."""
+class Adam(Optimizer):
+    """Parent of Adam's kin: the decay of the moments and of the weights; the identifier's row is never decayed."""
 
-    name: str = "adamw"
+    name: str = "adam"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments, each in [0, 1)
     weight_decay: float = 0.01  # per step, times the learning rate
     eps: float = 1e-8
-    fused: bool | None = None  # one kernel for all parameters; null: on a GPU, unless precision is 16-mixed, which cannot clip gradients then
 
     def __post_init__(self) -> None:
-        super(AdamW, self).__post_init__()
-        _refuse_bad_moments(self)
+        Optimizer.__post_init__(self)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError("optim.betas", "must be two numbers in [0, 1)", list(self.betas), "[0.9,0.999] is usual")
+        if not (self.weight_decay >= 0 and self.eps > 0):  # NaN too
+            got = f"weight_decay={self.weight_decay} eps={self.eps}"
+            raise ConfigError("optim", "must have weight_decay >= 0 and eps > 0", got, "set both")
+
+    def settings(self, groups: list[ParamGroup]) -> list[dict[str, Any]]:
+        """Returns torch's form of the groups."""
+        return [
+            {
+                "params": group.parameters,
+                "lr": self.rate(group.part),
+                "weight_decay": 0.0 if group.part == "token" else self.weight_decay,
+                "name": group.part,
+            }
+            for group in groups
+        ]
+
+
+@dataclass(slots=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); the identifier's row is never decayed."""
+
+    name: str = "adamw"
+    fused: bool | None = None  # one kernel for all parameters; null: on a GPU, unless precision is 16-mixed, which cannot clip gradients then
 
     def check(self, device: str, precision: str) -> None:
         if self.fused and precision == "16-mixed":
@@ -122,21 +124,14 @@ class AdamW(Optimizer):
     def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
         on_gpu = all(p.is_cuda for group in groups for p in group.parameters)
         fused = on_gpu and precision != "16-mixed" if self.fused is None else self.fused
-        return torch.optim.AdamW(_settings(self, groups), betas=tuple(self.betas), eps=self.eps, fused=fused)
+        return torch.optim.AdamW(self.settings(groups), betas=tuple(self.betas), eps=self.eps, fused=fused)
 
 
 @dataclass(slots=True)
-class AdamW8bit(Optimizer):
+class AdamW8bit(Adam):
     """AdamW whose two moments are kept in 8 bits, a quarter of the memory (Dettmers et al. 2022); on CUDA, by the package bitsandbytes."""
 
     name: str = "adamw8bit"
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the two moments, each in [0, 1)
-    weight_decay: float = 0.01  # per step, times the learning rate
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        super(AdamW8bit, self).__post_init__()
-        _refuse_bad_moments(self)
 
     def check(self, device: str, precision: str) -> None:
         if device != "cuda":
@@ -146,11 +141,11 @@ class AdamW8bit(Optimizer):
     def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(_settings(self, groups), betas=tuple(self.betas), eps=self.eps)
+        return bitsandbytes.optim.AdamW8bit(self.settings(groups), betas=tuple(self.betas), eps=self.eps)
 
 
 @dataclass(slots=True)
-class Prodigy(Optimizer):
+class Prodigy(Adam):
     """Adam that finds its own learning rate (Mishchenko & Defazio 2024), by the package prodigyopt; the rates here are factors of it, usually 1."""
 
     name: str = "prodigy"
@@ -158,15 +153,12 @@ class Prodigy(Optimizer):
     text_encoder_learning_rate: float | None = 1.0
     token_learning_rate: float | None = 1.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # decay of the two moments, each in [0, 1)
-    weight_decay: float = 0.01  # per step, times the rate found
-    eps: float = 1e-8
     d_coef: float = 1.0  # the rate found is multiplied by it; above 0
     use_bias_correction: bool = True  # as in Adam; the authors' advice for diffusion models
     safeguard_warmup: bool = True  # keeps a warm-up out of the estimate of the rate
 
     def __post_init__(self) -> None:
-        super(Prodigy, self).__post_init__()
-        _refuse_bad_moments(self)
+        Adam.__post_init__(self)
         if not 0 < self.d_coef < math.inf:
             raise ConfigError("optim.d_coef", "must be above 0 and finite", self.d_coef, "1.0 is the authors'")
         rates = {getattr(self, key) for key in RATES} - {0, None}
@@ -180,7 +172,7 @@ class Prodigy(Optimizer):
         _require_package("prodigyopt", "prodigy")
         from prodigyopt import Prodigy as ProdigyOptimizer
 
-        settings = _settings(self, groups)
+        settings = self.settings(groups)
         with redirect_stdout(StringIO()):  # it announces its weight decay
             return ProdigyOptimizer(
                 settings,

@@ -111,7 +111,7 @@ def render(report: Report, template: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell}
+    environment.filters |= {"cell": markdown_cell}
     context: dict[str, Any] = {"report": report, "data_uri": data_uri, "pictures": PICTURES, "version": __version__}
     return environment.get_template(template).render(context)
 
@@ -153,6 +153,6 @@ def _there(found: Sequence[Any]) -> list[Any]:
     return [one for one in found if one is not None]
 
 
-def _cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Returns a text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,7 +1,7 @@
 """Images -> scores: every network runs once over a set of images, and the functions of `metrics` say what its features mean."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from dreambooth.encoders import LoadedEncoders
 from dreambooth.evaluation import Item
 from dreambooth.masked_identity import Foreground, foreground, masked_features
 from dreambooth.metric_states import within_groups
-from dreambooth.metric_table import METRICS
+from dreambooth.metric_table import METRICS, MetricInfo
 from dreambooth.statistics import Interval, bootstrap_interval
 from dreambooth.step_choice import StepScores
 
@@ -208,17 +208,18 @@ def _other_classes(
     return metrics.paired_drift(features, encoders.identity(base)), pixel_metrics.color_drift(torch.from_numpy(tuned), torch.from_numpy(base))
 
 
+def _by_score(rows: pd.DataFrame) -> Iterator[tuple[MetricInfo, pd.DataFrame]]:
+    """Yields each score that has a column, with the images of its kind."""
+    yield from ((info, rows[rows.kind == info.kind]) for info in METRICS if info.column in rows)
+
+
 def _values(rows: pd.DataFrame) -> dict[str, float]:
     """Returns each score that can be measured: the macro mean of its column over the prompts of its kind (class images share one prompt)."""
     found = {}
-    for info in METRICS:
-        if info.column not in rows:
-            continue
-        own = rows[rows.kind == info.kind]
-        column = own[info.column]
+    for info, own in _by_score(rows):
         if info.column in ("diversity", "lpips_diversity"):  # an image that is alone with its prompt says nothing
             own = own[own.groupby("template").k.transform("size") > 1]
-            column = own[info.column]
+        column = own[info.column]
         if info.key in ALWAYS or not column.isna().all():
             groups = torch.tensor(own.groupby("template").ngroup().to_numpy())
             found[info.key] = float(metrics.macro_mean(torch.tensor(column.to_numpy(float)), groups))
@@ -228,10 +229,7 @@ def _values(rows: pd.DataFrame) -> dict[str, float]:
 def _intervals(rows: pd.DataFrame) -> dict[str, Interval]:
     """Returns 95% intervals for this one subject and training run: over prompts (clusters of images that share one), or over class images."""
     found = {}
-    for info in METRICS:
-        if info.column not in rows:
-            continue
-        own = rows[rows.kind == info.kind]
+    for info, own in _by_score(rows):
         values = own[info.column].to_numpy(float)
         if np.isnan(values).all():
             continue

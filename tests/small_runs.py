@@ -2,15 +2,20 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
 import train as script
+from dreambooth.callbacks import ContinueState
 from dreambooth.config import Config
 from dreambooth.runs import RunFolder
 
@@ -43,6 +48,27 @@ def run(*overrides: str) -> RunFolder:
 def typed(*words: str, script: str = "train.py", timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs a script as a user types it."""
     return subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+class Cut(Exception):
+    """Stands for a crash."""
+
+
+@contextmanager
+def cut(step: int, is_saved: bool = False) -> Iterator[None]:
+    """Within it a run must crash at this step, before its state is written or right after."""
+    save = ContinueState.on_train_batch_end
+
+    def crash(self: ContinueState, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step == step and not is_saved:
+            raise Cut
+        save(self, trainer, module, *args)
+        if trainer.global_step == step:
+            raise Cut
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(ContinueState, "on_train_batch_end", crash)
+        yield
 
 
 def weights(run: RunFolder, name: str = "final") -> dict:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import ROOT, SMALL, make_photos, run, typed, weights
+from small_runs import ROOT, SMALL, Cut, cut, make_photos, run, typed, weights
 
-from dreambooth.callbacks import ContinueState
 from dreambooth.runs import MetricsFile, RunFolder, read_run
 
 STEPS = 7
@@ -54,24 +53,10 @@ def _assert_equal(continued: RunFolder, straight: RunFolder) -> None:
     assert MetricsFile(continued.path / "metrics.csv").read() == MetricsFile(straight.path / "metrics.csv").read()
 
 
-class Cut(Exception):
-    """Stands for a crash."""
-
-
 @pytest.mark.parametrize("cut_at", [1, 2, 3, 5, 7])
-def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(
-    straight, tiny_folder, photos, tmp_path, monkeypatch, cut_at: int
-) -> None:
+def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path, cut_at: int) -> None:
     words = _words(tiny_folder(), photos, tmp_path)
-    save = ContinueState.on_train_batch_end
-
-    def cut(self: ContinueState, trainer, module, *args) -> None:
-        if trainer.global_step == cut_at:
-            raise Cut
-        save(self, trainer, module, *args)
-
-    with monkeypatch.context() as patched, pytest.raises(Cut):
-        patched.setattr(ContinueState, "on_train_batch_end", cut)
+    with cut(cut_at):
         run(*words)
     failed = next((tmp_path / "default").iterdir())
     assert read_run(failed).status == "failed" and "Cut" in read_run(failed).record["error"]
@@ -80,19 +65,9 @@ def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(
     _assert_equal(continued, straight)
 
 
-def test_run_cut_between_its_state_and_the_losses_of_that_step_equals_a_straight_one_bit_for_bit(
-    straight, tiny_folder, photos, tmp_path, monkeypatch
-) -> None:
+def test_run_cut_between_its_state_and_the_losses_of_that_step_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path) -> None:
     words = _words(tiny_folder(), photos, tmp_path)
-    save = ContinueState.on_train_batch_end
-
-    def cut(self: ContinueState, trainer, module, *args) -> None:
-        save(self, trainer, module, *args)
-        if trainer.global_step == 2:
-            raise Cut
-
-    with monkeypatch.context() as patched, pytest.raises(Cut):
-        patched.setattr(ContinueState, "on_train_batch_end", cut)
+    with cut(2, is_saved=True):
         run(*words)
     continued = run(*words)
     assert continued.record["resumed"] == 1
@@ -133,11 +108,11 @@ def test_run_killed_with_kill_9_and_continued_equals_a_straight_one_bit_for_bit(
 def test_run_cut_in_its_final_scores_and_continued_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path, monkeypatch) -> None:
     words = _words(tiny_folder(), photos, tmp_path)
 
-    def cut(*args, **kwargs) -> None:
+    def crash(*args, **kwargs) -> None:
         raise Cut
 
     with monkeypatch.context() as patched, pytest.raises(Cut):
-        patched.setattr("dreambooth.final_scores.evaluate_run", cut)
+        patched.setattr("dreambooth.final_scores.evaluate_run", crash)
         run(*words)
     continued = run(*words)
     assert continued.record["best_step"] == straight.record["best_step"]
