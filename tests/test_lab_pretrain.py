@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from dreambooth.lab.pretraining.autoencoder import AutoencoderJob, new_autoencod
 from dreambooth.lab.pretraining.data import BLOCK, Renders, draw_picture, held_out, render_stream
 from dreambooth.lab.pretraining.optimizers import Muon, average_into, learning_rate_factor, make_optimizers, orthogonalize
 from dreambooth.lab.pretraining.recipes import parse_changes
-from dreambooth.lab.pretraining.scoring import swap_color
+from dreambooth.lab.pretraining.scoring import swap_word
 from dreambooth.lab.pretraining.tokenizer import MAX_TOKENS, build_tokenizer, merge_rules
 from dreambooth.lab.pretraining.training import Budget, Training
 from dreambooth.lab.scorers import LabScorers, Layout
@@ -380,6 +381,19 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert learning_rate_factor(9, None) == 0.1
 
 
+def test_class_is_named_where_its_caption_beats_those_of_all_other_classes(finished: Path) -> None:
+    run = toy(finished)
+    captions = job(run, "captions", finished)
+    own = torch.tensor([TRAINED_CLASSES.index(subject.class_noun) for subject in run.judged.subjects])
+    axes = torch.eye(len(TRAINED_CLASSES))
+
+    def text(tokens: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(text_embeds=axes[(tokens[..., None] == captions.nouns).any(1).long().argmax(1)])
+
+    assert captions._names_class(axes[own], text).tolist() == [1.0] * len(own)
+    assert captions._names_class(axes[(own + 1) % len(axes)], text).tolist() == [0.0] * len(own)
+
+
 def test_average_begins_as_a_copy() -> None:
     average = [torch.zeros(2)]
     average_into(average, [torch.ones(2)], 0)
@@ -388,9 +402,9 @@ def test_average_begins_as_a_copy() -> None:
     assert torch.allclose(average[0], torch.full((2,), 0.5))
 
 
-def test_swapped_colors_are_other_colors_and_nothing_else_changes() -> None:
+def test_swapped_words_are_others_of_their_kind_and_nothing_else_changes() -> None:
     tokens, colors = torch.tensor([[1, 50, 3, 9], [1, 2, 3, 9], [51, 52, 3, 9]]), torch.tensor([50, 51, 52])
-    swapped, has_color = swap_color(tokens, colors, torch.Generator().manual_seed(0))
+    swapped, has_color = swap_word(tokens, colors, torch.Generator().manual_seed(0))
     assert has_color.tolist() == [True, False, True]
     assert (swapped != tokens).sum(1).tolist() == [1, 0, 1]
     assert set(swapped[swapped != tokens].tolist()) <= set(colors.tolist())

@@ -52,6 +52,8 @@ TITLES = {
     "alignment_lost_to_blur": "text-image encoder, cosine to caption lost to blur",
     "class_accuracy": "base, class named right",
     "context_accuracy": "base, place named right",
+    "class_accuracy_real": "renders, class named right",
+    "context_accuracy_real": "renders, place named right",
     "sharpness_ratio": "base, finest detail over that of renders",
     "sharpness_ratio_real": "other renders, the same",
     "sharpness_ratio_codec": "decoded renders, the same",
@@ -97,7 +99,10 @@ def measure_folder(
     drawn = draw(model, [caption(identity(*asked(noun)), context) for noun, context in prompts], [(SEED_STREAM, i) for i in range(len(prompts))])
     figures |= name_accuracy(scorers, drawn, prompts, classes, contexts)
     say(f"renders 2 x {len(prompts)} held-out pictures to compare their detail")
-    figures |= compare_with_renders(model, scorers, drawn, classes, contexts, seeds)
+    (others, shown), (real, _) = (spread(classes, contexts, seeds, seed) for seed in (2, 1))
+    named = name_accuracy(scorers, others, shown, classes, contexts)  # what the judge makes of true renders is the most that a base can reach
+    figures |= {f"{name}_real": named[name] for name in ("class_accuracy", "context_accuracy")}
+    figures |= compare_with_renders(model, scorers, drawn, others, real)
     basis = {
         "classes": classes,
         "classes_left_out": [noun for noun in mark["classes"] if noun not in classes],
@@ -180,11 +185,8 @@ def name_accuracy(
     }
 
 
-def compare_with_renders(
-    model: Any, scorers: LabScorers, drawn: Tensor, classes: Sequence[str], contexts: Sequence[str], seeds: int
-) -> dict[str, Interval]:
-    """Returns sharpness and likeness of drawn pictures and of the controls; everything is of the same classes and places."""
-    real, other = (spread(classes, contexts, seeds, seed) for seed in (1, 2))
+def compare_with_renders(model: Any, scorers: LabScorers, drawn: Tensor, other: Tensor, real: Tensor) -> dict[str, Interval]:
+    """Returns sharpness and likeness of drawn pictures, and of the controls made of other renders, beside real ones; all of the same prompts."""
     kinds = {"": drawn, "_codec": roundtrip(model.vae, other.to(model.device)).cpu(), "_real": other, "_blurred": blur(other, CONTROL_SIGMA)}
     reference = measures.detail(real)
     middle, scale = reference.mean(0), reference.std(0).clamp(min=1e-6)
@@ -207,10 +209,11 @@ def compare_with_renders(
     return {name: figures[name] for name in TITLES if name in figures}
 
 
-def spread(classes: Sequence[str], contexts: Sequence[str], seeds: int, seed: int) -> Tensor:
-    """Returns held-out renders with every class in every place equally often, (N, 3, 64, 64)."""
-    seen = [held_out([noun], contexts, seeds, len(contexts), seed=seed).pixels for noun in classes]
-    return torch.cat(seen)
+def spread(classes: Sequence[str], contexts: Sequence[str], seeds: int, seed: int) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Returns held-out renders with every class in every place equally often, (N, 3, 64, 64), and the class and place of each."""
+    seen = [held_out([noun], contexts, seeds, len(contexts), seed=seed) for noun in classes]
+    shown = [(subject.class_noun, place) for part in seen for subject, place in zip(part.subjects, part.contexts, strict=True)]
+    return torch.cat([part.pixels for part in seen]), shown
 
 
 def by_group(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:

@@ -8,6 +8,8 @@ What each should and should not see decides the training:
   partner compete with the partner itself, so that a soft picture of the right subject or scene scores below a sharp one.
 - Colours: in a batch, class and place alone nearly always single out the right caption. So each caption also competes with a copy in which
   one colour word is another one, and half of the captions are the full ones, which name the colour.
+- Classes: nor does a batch hold many pictures of one place, so the place alone singles out most captions. Each caption also competes with
+  copies that name other classes. (Without them 24,832 pictures taught to find a caption among 32 in 95 % of renders, and to name the class in 66 %.)
 """
 
 from typing import Any
@@ -24,12 +26,14 @@ from dreambooth.lab.pretraining.data import BLOCK, HeldOut, Renders
 from dreambooth.lab.pretraining.tokenizer import token_ids
 from dreambooth.lab.pretraining.training import CAPTIONS, IDENTITY, Job, Place, generator, precision
 from dreambooth.lab.scorers import ImageEncoder, Layout, new_text_encoder
+from dreambooth.lab.splits import TRAINED_CLASSES
 from dreambooth.pixel_metrics import blur
 
 SHIFT_PX, GAIN, NOISE = 4, 0.12, 0.03  # augmentations: at most; +- share of brightness; deviation, of a range of 2
 CODEC_SHARE = 0.25  # of the pictures
 BLURRED_SHARE = 0.5  # of the pictures have a blurred copy as a negative
 BLUR_SIGMAS = (1.2, 2.0)  # px: from clearly softer than the codec
+WRONG_NOUNS = 3  # copies of each caption that name another class
 IDENTITY_SCALE = 14.0  # cosine to logit
 SUBJECTS_PER_CLASS = 32  # the rivals of one class in a batch, about
 LARGEST_SCALE = 60.0
@@ -124,7 +128,7 @@ class IdentityJob(Job):
 
 
 class CaptionJob(Job):
-    """The training of the image and the text encoder: each picture's caption against the others, and against one with a wrong colour."""
+    """The training of the image and the text encoder: each picture's caption against the others, and against copies with a wrong colour or class."""
 
     name = "captions"
 
@@ -139,7 +143,10 @@ class CaptionJob(Job):
         device = place.device
         self.tokens = torch.stack([token_ids(tokenizer, [row[kind] for row in renders.rows]) for kind in (3, 4)]).to(device)  # (2, N, L)
         self.judged_tokens = token_ids(tokenizer, judged.captions).to(device)
-        self.colors = torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in COLORS], device=device)
+        self.colors, self.nouns = (
+            torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in words], device=device)
+            for words in (COLORS, TRAINED_CLASSES)
+        )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         draws = generator(self.place, CAPTIONS, step)
@@ -147,22 +154,24 @@ class CaptionJob(Job):
         index = torch.randint(len(self.renders), (self.batch_size,), generator=draws, device=device)
         kind = torch.randint(2, (self.batch_size,), generator=draws, device=device)
         tokens = self.tokens[kind, index]  # (B, L)
-        wrong, has_color = swap_color(tokens, self.colors, draws)
+        wrong_color, has_color = swap_word(tokens, self.colors, draws)
+        wrong_nouns = [swap_word(tokens, self.nouns, draws)[0] for _ in range(WRONG_NOUNS)]
         augment = Augmentation(self.vae, draws)
         pictures = augment(self.renders.pixels(index))
         blurred = augment.blurred(pictures)
         with precision(device):
             seen = self.networks["image"](torch.cat([pictures, blurred])).float()
-            read = F.normalize(self.networks["text"](torch.cat([tokens, wrong])).text_embeds.float(), dim=-1)
+            read = F.normalize(self.networks["text"](torch.cat([tokens, wrong_color, *wrong_nouns])).text_embeds.float(), dim=-1)
         scale = self.networks["scale"]()
         images, soft = seen.split([len(pictures), len(blurred)])
-        texts, wrong_texts = read.chunk(2)
+        texts, *wrong_texts = read.split(len(tokens))
         same = (tokens[:, None] == tokens).all(-1) & ~torch.eye(len(tokens), dtype=torch.bool, device=device)
         logits = (images @ texts.T * scale).masked_fill(same, float("-inf"))
-        other_color = ((images * wrong_texts).sum(1) * scale).masked_fill(~has_color, float("-inf"))
+        other_color, *other_nouns = ((images * wrong).sum(1) * scale for wrong in wrong_texts)
+        other_color = other_color.masked_fill(~has_color, float("-inf"))
         own_blur = (texts[: len(soft)] * soft).sum(1) * scale
         own_blur = F.pad(own_blur, (0, len(texts) - len(soft)), value=float("-inf"))
-        loss = (contrast(logits, other_color[:, None]) + contrast(logits.T, own_blur[:, None])) / 2
+        loss = (contrast(logits, torch.stack([other_color, *other_nouns], 1)) + contrast(logits.T, own_blur[:, None])) / 2
         right = (logits.argmax(1) == torch.arange(len(logits), device=device)).float().mean()
         knows = (logits.diagonal() > other_color)[has_color].float().mean()
         return loss, {"right_caption": right, "right_color": knows}
@@ -176,7 +185,18 @@ class CaptionJob(Job):
         right = caption_retrieval(images[order], texts[order], [self.judged.captions[number] for number in order], min(32, len(order)))
         soft = averages["image"](blur(pixels, 1.5))
         gain = (images * texts).sum(1) - (soft * texts).sum(1)
-        return {"retrieval_of_32": float(right.mean()), "alignment_lost_to_blur": float(gain.mean())}, None
+        figures = {"class_named": float(self._names_class(images, averages["text"]).mean()), "retrieval_of_32": float(right.mean())}
+        return figures | {"alignment_lost_to_blur": float(gain.mean())}, None
+
+    def _names_class(self, images: Tensor, text: nn.Module) -> Tensor:
+        """Returns for each judged picture whether its caption beats the copies with each other class, (N,) of 0 and 1."""
+        is_noun = (self.judged_tokens[..., None] == self.nouns).any(-1)  # (N, L): one place in each caption
+        own = (self.judged_tokens[is_noun][:, None] == self.nouns).long().argmax(1)
+        scores = []
+        for noun in self.nouns:
+            texts = F.normalize(text(torch.where(is_noun, noun, self.judged_tokens)).text_embeds, dim=-1)
+            scores.append((images * texts).sum(1))
+        return (torch.stack(scores, 1).argmax(1) == own).float()
 
 
 class LogitScale(nn.Module):
@@ -191,19 +211,19 @@ class LogitScale(nn.Module):
         return self.logit_scale.exp().clamp(max=LARGEST_SCALE)
 
 
-def swap_color(tokens: Tensor, colors: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns the captions with one colour word each replaced by another colour, and which of them hold one at all.
+def swap_word(tokens: Tensor, words: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns the captions with one word of a kind (colours, classes) each replaced by another of its kind, and which of them hold one at all.
 
     Args:
         tokens: (B, L) ids.
-        colors: (K,) the ids of the colour words.
-        draws: decides which of a caption's colour words, and by what.
+        words: (K,) the ids of the words of that kind.
+        draws: decides which of a caption's words, and by what.
     """
-    is_color = (tokens[..., None] == colors).any(-1)  # (B, L)
-    lottery = torch.rand(tokens.shape, generator=draws, device=tokens.device) * is_color
+    is_word = (tokens[..., None] == words).any(-1)  # (B, L)
+    lottery = torch.rand(tokens.shape, generator=draws, device=tokens.device) * is_word
     place = lottery.argmax(1, keepdim=True)  # (B, 1)
-    old = (tokens.gather(1, place) == colors).long().argmax(1, keepdim=True)  # which colour it is
-    further = torch.randint(1, len(colors), old.shape, generator=draws, device=tokens.device)
-    new = colors[(old + further) % len(colors)]
-    has_color = is_color.any(1)
-    return torch.where(has_color[:, None], tokens.scatter(1, place, new), tokens), has_color
+    old = (tokens.gather(1, place) == words).long().argmax(1, keepdim=True)  # which word it is
+    further = torch.randint(1, len(words), old.shape, generator=draws, device=tokens.device)
+    new = words[(old + further) % len(words)]
+    has_word = is_word.any(1)
+    return torch.where(has_word[:, None], tokens.scatter(1, place, new), tokens), has_word
