@@ -34,7 +34,7 @@ TOY = {
     "decoder": {"batch_size": 4, "widths": [8, 8, 16]},
     "identity": {"batch_size": 8},
     "captions": {"batch_size": 8},
-    "base": {"batch_size": 4, "widths": [32, 32, 32], "text_width": 32, "text_layers": 1},
+    "base": {"batch_size": 4, "widths": [32, 32, 32]},
 }
 CPU = torch.device("cpu")
 
@@ -223,7 +223,7 @@ def job(run: Pretraining, stage: str, folder: Path) -> training.Job:
     if stage == "captions":
         return CaptionJob(run.recipe("captions"), run.layout, run.tokenizer, run.stream, run.judged, run.vae, run.place)
     latents = Latents(folder / "work" / "few_latents.npy", run.vae, run.stream, torch.arange(len(run.stream)), print)
-    return DenoiserJob(run.recipe("base"), run.tokenizer, run.vae, run.stream, latents, ["a robot"], run.place)
+    return DenoiserJob(run.recipe("base"), run.tokenizer, run.text_encoder, run.vae, run.stream, latents, ["a robot"], run.place)
 
 
 def test_rendering_continues_where_it_stopped(tmp_path: Path) -> None:
@@ -332,12 +332,18 @@ def test_base_learns_from_its_own_classes_and_places_alone(finished: Path, tmp_p
     assert 0 < len(rows) < len(run.stream)
     assert {row.class_noun for row in rows} <= set(TRAINED_CLASSES[:5]) and {row.context for row in rows} <= set(TRAINED_CONTEXTS[:6])
     latents = Latents(tmp_path / "latents.npy", run.vae, run.stream, numbers, print)
-    job = DenoiserJob(run.recipe("base"), run.tokenizer, run.vae, run.stream, latents, ["a robot"], run.place)
+    job = DenoiserJob(run.recipe("base"), run.tokenizer, run.text_encoder, run.vae, run.stream, latents, ["a robot"], run.place)
     one = torch.tensor([len(rows) - 1])
     picture = run.stream.pixels(numbers[one])
     expected = run.vae.encode(picture).latent_dist.mean
-    assert torch.allclose(latents.sample(one, torch.tensor([0]), torch.zeros_like(expected)), expected, atol=5e-3)
+    assert torch.allclose(latents.sample(one, torch.zeros_like(expected)), expected, atol=5e-3)
     assert torch.equal(job.tokens[-1], token_ids(run.tokenizer, [rows[-1].caption])[0])
+
+
+def test_base_has_the_text_encoder_of_the_scorers_to_the_bit(finished: Path) -> None:
+    own = StableDiffusion(path=str(finished / "base")).load().text_encoder.state_dict()
+    theirs = LabScorers.load(finished / "scorers").text_encoder.text_model.state_dict()
+    assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
 
 def test_two_processes_train_the_base_as_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,9 +355,10 @@ def test_two_processes_train_the_base_as_one_does(finished: Path, tmp_path: Path
         work = tmp_path / str(processes) / "work"
         for part in ("data", "tokenizer", "vae"):
             shutil.copytree(finished / "work" / part, work / part)
+        shutil.copytree(finished / "scorers", work.parent / "scorers")
         replace(toy(work.parent, images=12), processes=processes).run("base")
         states.append(torch.load(work / "base.state", weights_only=True))
-    one, two = (state["networks"]["unet"] | state["networks"]["text_encoder"] for state in states)
+    one, two = (state["networks"]["unet"] for state in states)
     assert states[0]["step"] == states[1]["step"] == 3
     start = untrained_unet(finished)
     moved = max(float((one[name] - start[name]).abs().max()) for name in start)
@@ -453,15 +460,15 @@ def test_weights_above_the_limit_are_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_full_size_weights_stay_below_the_limit() -> None:
-    from dreambooth.lab.pretraining.denoiser import new_text_model, new_unet
+    from dreambooth.lab.pretraining.denoiser import new_unet
     from dreambooth.lab.pretraining.recipes import RECIPES, SCORER_LAYOUT
     from dreambooth.lab.scorers import ImageEncoder, new_text_encoder
 
     tokenizer, base, vae = build_tokenizer(vocabulary()), RECIPES["base"], RECIPES["vae"]
     with torch.device("meta"):
         networks = [new_autoencoder(tuple(vae["widths"]), vae["channels"], vae["groups"]), ImageEncoder(SCORER_LAYOUT), ImageEncoder(SCORER_LAYOUT)]
-        networks += [new_text_encoder(SCORER_LAYOUT, tokenizer), new_text_model(base["text_width"], base["text_layers"], tokenizer)]
-        networks += [new_unet(tuple(base["widths"]), vae["channels"], base["text_width"], base["groups"], 16)]
+        networks += [new_text_encoder(SCORER_LAYOUT, tokenizer)] * 2  # the base has a copy
+        networks += [new_unet(tuple(base["widths"]), vae["channels"], SCORER_LAYOUT.text_width, base["groups"], 16)]
     parameters = sum(weight.numel() for network in networks for weight in network.parameters())
     assert 2 * parameters < 0.99 * card.LIMIT_BYTES
 

@@ -30,7 +30,7 @@ from dreambooth.lab.pretraining.recipes import (
     parse_changes,
 )
 from dreambooth.lab.pretraining.training import Budget, Place, Training
-from dreambooth.lab.scorers import Layout
+from dreambooth.lab.scorers import LabScorers, Layout
 from dreambooth.lab.splits import TRAINED_CLASSES, TRAINED_CONTEXTS, vocabulary
 from dreambooth.ranks import ALONE, Ranks, following, is_follower, together
 
@@ -90,6 +90,8 @@ class Pretraining:
         """Returns the settings of a network on this device, with the changes that were asked for and the size of the data."""
         on_cpu = {} if self.device.type == "cuda" else ON_CPU[name]
         rests_on = {} if name == "vae" else {"vae": self.vae_digest}
+        if name == "base":
+            rests_on["text_encoder"] = self.text_digest
         return {**RECIPES[name], **on_cpu, **self.changes.get(name, {}), "renders": len(self.stream), "seed": self.seed, **rests_on}
 
     def budget(self, name: str) -> Budget:
@@ -148,6 +150,19 @@ class Pretraining:
                 if name.startswith(ENCODING):
                     digest.update(opened.get_tensor(name).numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        """The text encoder of the text-image scorer that the stage of that name made, frozen."""
+        return LabScorers.load(self.output / "scorers").to(self.device).text_encoder.text_model
+
+    @cached_property
+    def text_digest(self) -> str:
+        """The first digits of the hash of the text encoder's file: states of a UNet for another one are of no use."""
+        file = self.output / "scorers" / "text.safetensors"
+        if not file.is_file():
+            raise UserError(str(file.parent), "must hold the scorers", next_step="run the stage scorers to its end first")
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
     def run(self, stage: str) -> None:
         """Does one stage, or all of them in order."""
@@ -208,21 +223,21 @@ class Pretraining:
         self.say(f"scorers: wrote {self.output / 'scorers'}")
 
     def stage_base(self) -> None:
-        """Trains the UNet with its text encoder, and writes the diffusers folder."""
+        """Trains the UNet, and writes the diffusers folder."""
         from dreambooth.lab.pretraining.card import check_size, write_base
         from dreambooth.lab.pretraining.denoiser import DenoiserJob, Latents
 
         recipe = self.recipe("base")
         classes, contexts = TRAINED_CLASSES[: recipe["classes"]], TRAINED_CONTEXTS[: recipe["contexts"]]
         numbers = self.stream.showing(classes, contexts)
-        self.say(f"base: latents of {len(numbers)} pictures of {len(classes)} classes in {len(contexts)} places, and of their mirror images")
+        self.say(f"base: latents of {len(numbers)} pictures of {len(classes)} classes in {len(contexts)} places")
         latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, numbers, self.say)
         shown = [f"a photo of a {noun} {context}" for noun in classes[:6] for context in contexts[:6]]
         if recipe["batch_size"] % self.processes:
             raise UserError("--processes", f"must divide the batch of {recipe['batch_size']}", self.processes, "choose 2 or 4")
 
         def train(place: Place) -> dict[str, Any]:
-            job = DenoiserJob(recipe, self.tokenizer, self.vae, self.stream, latents, shown, place)
+            job = DenoiserJob(recipe, self.tokenizer, self.text_encoder, self.vae, self.stream, latents, shown, place)
             return Training(job, self.budget("base"), place, self.say).run()
 
         if not self.ranks.is_first:
@@ -230,7 +245,7 @@ class Pretraining:
             return
         with together(self.processes, self.device.type, ["-m", "dreambooth.lab.pretrain"], self._task()) as own:
             networks = train(self.place._replace(ranks=own))
-        write_base(self.output / "base", networks["unet"], networks["text_encoder"], self.vae, self.tokenizer, classes, contexts)
+        write_base(self.output / "base", networks["unet"], self.text_encoder, self.vae, self.tokenizer, classes, contexts)
         self.say(f"base: wrote {self.output / 'base'}; {check_size(self.output) / 1e6:.1f} MB of weights in all")
 
     def _task(self) -> dict[str, Any]:

@@ -29,8 +29,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "other_lr": 1.2e-3,
         "widths": [64, 160, 192],
         "groups": 8,
-        "text_width": 128,
-        "text_layers": 3,
         "caption_dropout": 0.1,
         "weight_cap": 5.0,
     },
