@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreambooth.encoders import FileGroups, LoadedEncoders, Pixels, require_files, sha256_of
+from dreambooth.encoders import FileGroups, LoadedEncoders, Pixels, require_files
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.files import sha256_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # transformers takes the first that is there
 DINO_FILES: FileGroups = (("config.json",), WEIGHTS)

@@ -1,6 +1,5 @@
 """Feature extractors for the scores, as typed choices of the config: images and prompts in, unit vectors out."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dreambooth.errors import ConfigError, UserError
+from dreambooth.files import sha256_of
 
 if TYPE_CHECKING:
     from dreambooth.perceptual import Lpips
@@ -292,15 +292,6 @@ def _pixels(images: Images) -> list[Pixels]:
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
             raise ValueError(f"images must be uint8 of shape (height, width, 3), got {array.dtype} of shape {array.shape}")
     return arrays
-
-
-def sha256_of(paths: Iterable[Path]) -> str:
-    """Returns the first 12 digits of the hash of files, one after the other; `cat FILES | sha256sum` shows the same."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()[:12]
 
 
 def require_files(where: str, folder: Path, files: FileGroups, next_step: str) -> None:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreambooth.encoders import sha256_of
 from dreambooth.errors import ConfigError
+from dreambooth.files import sha256_of
 
 WHERE = "encoders.lpips_backbone"
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1], so that they suit the backbone

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dreambooth.errors import UserError
+from dreambooth.files import sha256_of
 from dreambooth.lab.pretraining.data import SHARD, HeldOut, Renders, held_out, render_stream
 from dreambooth.lab.pretraining.recipes import (
     MINUTES,
@@ -162,7 +163,7 @@ class Pretraining:
         file = self.output / "scorers" / "text.safetensors"
         if not file.is_file():
             raise UserError(str(file.parent), "must hold the scorers", next_step="run the stage scorers to its end first")
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        return sha256_of([file])
 
     def run(self, stage: str) -> None:
         """Does one stage, or all of them in order."""

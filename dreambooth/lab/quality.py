@@ -6,6 +6,7 @@ FOLDER holds `base/` and `scorers/`, as `dreambooth/lab/weights` does. The figur
 - identity encoder: odds that two pictures of a subject are more alike than pictures of two subjects of its class (AUC), macro over subjects.
 - text-image encoder: whether a picture's own caption is the best of 32; whether the right colour beats each other colour.
 - base: pictures for every class in every place; whether the text-image encoder names the class and the place, among all of both.
+  The same of true renders: more than that no base can reach with this judge.
 - sharpness: `measures.detail`, which no network computes, of the base's pictures against held-out renders of the same classes and places.
   Two figures: the ratio of the finest detail, and a kernel distance as in KID. Renders under a blur of one pixel are the control: they must
   be far from the renders, or the figure proves nothing. The scorers' own loss of cosine under that blur says whether they forgive it.
