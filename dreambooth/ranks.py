@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -158,13 +159,23 @@ def is_follower() -> bool:
 
 @contextmanager
 def following() -> Iterator[tuple[Ranks, dict[str, Any]]]:
-    """Gives a further rank its place and its task, in a process that `together` started; it ends when the first rank is gone."""
+    """Gives a further rank its place and its task, in a process that `together` started; it ends when the first rank is gone.
+
+    An error or an exit inside ends the process at once: an interpreter that winds up while an exchange waits for the others is aborted, and
+    its exit status with it.
+    """
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     index, count = int(os.environ[LOCAL_RANK]), task["count"]
     store = dist.TCPStore("127.0.0.1", task["port"], count, is_master=False)
     _join(store, index, count, task["device"])
-    yield Ranks(index, count), task
+    try:
+        yield Ranks(index, count), task
+    except SystemExit as stop:
+        _leave(stop.code if isinstance(stop.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
     dist.destroy_process_group()
 
 
@@ -172,6 +183,12 @@ def refuse(sentence: str) -> int:
     """Says why this further rank stops; returns the exit status by which the first one knows that it is for the user to mend."""
     print(sentence, flush=True)
     return REFUSED
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _join(store: dist.Store, index: int, count: int, device: str) -> None:
