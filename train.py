@@ -5,7 +5,7 @@ python train.py base=sd15 data.subject_dir=photos/ subject.class_noun=dog   your
 python train.py -m optim.learning_rate=1e-4,2e-4 trainer.max_steps=100,200  a sweep; the same command again skips what is done
 """
 
-from dreambooth import cli, ranks, sweeps  # first: the package sets the thread policy that torch reads when it is loaded
+from dreambooth import cli, ranks, sharding, sweeps  # first: the package sets the thread policy that torch reads when it is loaded
 
 # isort: split
 import sys
@@ -46,6 +46,7 @@ def train(config: Config) -> RunFolder:
         print(read_dreambench(config.data.dreambench).describe(config.subject.name))
     device = pick_device(config.trainer.accelerator)  # refuses a GPU that is not there
     ranks.check(config.trainer.devices, device)
+    sharding.check(config)
     config.optim.check(device, config.trainer.precision)
     photos = read_subject_photos(config)  # every photo is decoded before a model loads
     config = settle_steps(config, photos.weighted_count)
@@ -134,6 +135,8 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     if module.frozen is not None:
         print(f"the un-tuned model is kept for the prior: {module.frozen.nbytes / 1e6:.0f} MB beside the weights that learn")
     print(describe_learning(config.method, groups) + average_note(config))
+    if config.trainer.sharding:
+        print(f"shared out: each of {own.count} devices keeps 1/{own.count} of that, of its gradients and of its moments")
     metrics = MetricsFile(run.path / "metrics.csv", run.claim)
     state = own.from_first(last_state(run, metrics, config.trainer.log_every_n_steps) if own.is_first else None)
     if state is not None:
@@ -167,10 +170,10 @@ def watchers(
 
     selection = SelectionScores(run, config, read_photos(run), encoders, metrics, own)
     rehearsal, finite, state_keeper = Rehearsal(run, config), StopAtNonFinite(own), ContinueState(run, config.trainer.checkpoint_every)
+    fixed = FixedBatchLoss(config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics, own)
     if not own.is_first:
-        return [], [rehearsal, finite, selection, state_keeper], selection
+        return [], [rehearsal, finite, fixed, selection, state_keeper], selection
     progress = ProgressLine(config.trainer.progress_bar, selection)
-    fixed = FixedBatchLoss(config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics)
     return [CsvLogger(metrics)], [rehearsal, finite, progress, fixed, selection, state_keeper, TimeLeft(run, config, selection)], selection
 
 
@@ -195,8 +198,11 @@ def make_trainer(config: Config, loggers: list[Any], callbacks: list[Any], group
         from pytorch_lightning.plugins.environments import LightningEnvironment
         from pytorch_lightning.strategies import DDPStrategy
 
+        from dreambooth.sharded_strategy import ShardedStrategy
+
         changes = any(group.start or group.stop is not None for group in groups)
-        strategy = DDPStrategy(find_unused_parameters=changes, gradient_as_bucket_view=True)
+        together = DDPStrategy(find_unused_parameters=changes, gradient_as_bucket_view=True)
+        strategy = ShardedStrategy(config.trainer.devices) if config.trainer.sharding else together
         several = {"strategy": strategy, "plugins": [LightningEnvironment()]}  # named, so that no cluster's variables are taken for ours
     else:
         several = {}

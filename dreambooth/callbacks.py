@@ -99,7 +99,7 @@ class SelectionScores(pl.Callback):
     def evaluate(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         """Draws, scores, logs; keeps the weights if this step is now the best."""
         started = time.perf_counter()
-        with self.run.clock("evaluation while training"):
+        with self.run.clock("evaluation while training"), module.evaluation_weights():
             images = self.drawn(module, trainer.global_step)
             values = self.record(trainer, module, images) if images is not None else {}
         self.seconds.append(time.perf_counter() - started)
@@ -111,10 +111,9 @@ class SelectionScores(pl.Callback):
 
     def drawn(self, module: DreamBoothModule, step: int) -> np.ndarray | None:
         """Returns the images of the plan on the first rank, uint8 (N, H, W, 3), and None on the others, which draw their share."""
-        with module.evaluation_weights():
-            if step:
-                return draw_together(module.base, self.plan, self.config, self.ranks)
-            return self.drawn_base(module.base, self.plan, self.config) if self.ranks.is_first else None
+        if step:
+            return draw_together(module.base, self.plan, self.config, self.ranks)
+        return self.drawn_base(module.base, self.plan, self.config) if self.ranks.is_first else None
 
     def record(self, trainer: pl.Trainer, module: DreamBoothModule, images: np.ndarray) -> dict[str, float]:
         """Writes the images of a step, scores and logs them, keeps the weights that shall be kept; returns the scores."""
@@ -132,11 +131,10 @@ class SelectionScores(pl.Callback):
                 logger.log_image("samples/selection", [grid], step=step)
         write_png(self.run.path / "samples" / f"step-{step:06d}.png", grid)
         write_png(self.run.path / "samples" / "steps.png", trajectory_grid(self.run, self.photos, self.plan))
-        with module.evaluation_weights():
-            if self.choice().step == step:
-                save_weights(self.run, "best", module.base, step)
-            if step == self.config.trainer.max_steps or self.early_stop().stop:
-                save_weights(self.run, "final", module.base, step)
+        if self.choice().step == step:
+            save_weights(self.run, "best", module.base, step)
+        if step == self.config.trainer.max_steps or self.early_stop().stop:
+            save_weights(self.run, "final", module.base, step)
         return values
 
     def drawn_base(self, base: BaseModel, items: list[Item], config: Config) -> np.ndarray:

@@ -184,6 +184,7 @@ class Training:
     precision: str = "32-true"  # Lightning's: 32-true, bf16-mixed, 16-mixed, bf16-true
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu
     devices: int = 1  # GPUs, or processes on a CPU, that train one model together; data.batch_size and prior.batch_size are of each
+    sharding: bool = False  # with several devices and method=full: each keeps its part of weights, gradients and moments (FSDP)
     log_every_n_steps: int = 1  # steps between rows of metrics.csv
     progress_bar: bool = True
 

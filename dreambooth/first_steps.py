@@ -42,24 +42,29 @@ class Rehearsal(pl.Callback):
         """Rehearses, unless the run is continued: then all of it has been done before."""
         if trainer.global_step:
             return
-        if not trainer.is_global_zero:
-            write_state(trainer, self.run.path / "checkpoints" / "rehearsal.ckpt")  # writes nothing here, but all ranks have to meet
-            return
         checkpoints, samples = self.run.path / "checkpoints", self.run.path / "samples"
-        files = [
-            checkpoints / "rehearsal.safetensors",
-            checkpoints / "rehearsal.ckpt",
-            samples / "rehearsal.png",
-            self.run.path / "rehearsal.parquet",
-        ]
+        weights, state = checkpoints / "rehearsal.safetensors", checkpoints / "rehearsal.ckpt"
+        grid, table = samples / "rehearsal.png", self.run.path / "rehearsal.parquet"
         try:
-            with self.run.clock("rehearsal"), module.evaluation_weights():
-                self._write(trainer, module, *files[1:])
+            with self.run.clock("rehearsal"):
+                with module.evaluation_weights():
+                    if trainer.is_global_zero:
+                        self._write(module, grid, table)
+                self._write_state(trainer, state)
         finally:
-            for file in files:
-                file.unlink(missing_ok=True)
+            if trainer.is_global_zero:
+                for file in (weights, state, grid, table):
+                    file.unlink(missing_ok=True)
 
-    def _write(self, trainer: pl.Trainer, module: DreamBoothModule, state: Path, grid: Path, table: Path) -> None:
+    def _write_state(self, trainer: pl.Trainer, state: Path) -> None:
+        """Writes and reads the state; all ranks meet here."""
+        write_state(trainer, state)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()  # a sharded one makes its moments to be asked for them, and counts that as a step
+        if trainer.is_global_zero:
+            torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+
+    def _write(self, module: DreamBoothModule, grid: Path, table: Path) -> None:
         sampling = dataclasses.replace(self.config.sampling, steps=REHEARSAL_STEPS)
         items = final_plan(self.config)[: sampling.batch_size]  # the largest batch that is to come
         if len(items) <= min(sampling.batch_size, len(selection_plan(self.config))):
@@ -68,8 +73,6 @@ class Rehearsal(pl.Callback):
         write_png(grid, image_grid([list(images)], ["rehearsal"]))
         save_weights(self.run, "rehearsal", module.base, 0)
         load_weights(self.run, "rehearsal", module.base)  # the very values that are there
-        write_state(trainer, state)
-        torch.load(state, map_location="cpu", weights_only=True, mmap=True)
         write_with(table, lambda temporary: pd.DataFrame({"run": [self.run.path.name], "score": [0.0]}).to_parquet(temporary, index=False))
 
 

@@ -13,6 +13,7 @@ from dreambooth.config import Config
 from dreambooth.diffusion import prior_preservation_loss
 from dreambooth.module import DreamBoothModule
 from dreambooth.photos import to_pixel_values
+from dreambooth.ranks import ALONE, Ranks
 from dreambooth.runs import MetricsFile
 from dreambooth.step_choice import dvar_ratio
 
@@ -32,9 +33,11 @@ class FixedBatchLoss(pl.Callback):
         config: resolved.
         images: uint8 (M, H, W, 3), prepared: photos that were set aside, or the training photos where there are none.
         metrics: earlier losses are read from here when a run is continued.
+        ranks: this process among those that train together: the first one measures, the others are there when the weights are put in place.
     """
 
-    def __init__(self, config: Config, images: np.ndarray, metrics: MetricsFile) -> None:
+    def __init__(self, config: Config, images: np.ndarray, metrics: MetricsFile, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.every, self.last_step = config.trainer.fixed_loss_every, -1
         self.pixel_values = to_pixel_values(images[np.arange(SAMPLES) % len(images)])  # (S, 3, H, W)
         self.prompt = config.subject.in_prompt(config.subject.prompt)
@@ -54,9 +57,11 @@ class FixedBatchLoss(pl.Callback):
 
     def _measure_when_due(self, trainer: pl.Trainer, module: DreamBoothModule) -> None:
         step = trainer.global_step
-        if not self.every or step in self.losses or (step % self.every and step != trainer.max_steps):
+        if not self.every or (step % self.every and step != trainer.max_steps) or self.ranks.from_first(step in self.losses):
             return
         with module.evaluation_weights():
+            if not self.ranks.is_first:
+                return
             self.losses[step] = fixed_batch_loss(module, self.pixel_values, self.prompt, self.keys)
         series = [self.losses[known] for known in sorted(self.losses)]
         row = {KEY: self.losses[step], "score/dvar": dvar_ratio(series, DVAR_WINDOW)}

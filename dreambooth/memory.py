@@ -21,6 +21,7 @@ from dreambooth.base.protocol import BaseModel, quiet
 from dreambooth.config import Config, to_plain
 from dreambooth.live_storage import LiveStorage
 from dreambooth.optimization import AdamW8bit
+from dreambooth.sharding import gathered_bytes
 
 PROBE = 65536  # elements of the parameter that an optimiser is tried on
 
@@ -89,7 +90,9 @@ def _shape_key(config: Config, base: BaseModel, device: str) -> str:
     """Returns what an estimate depends on: the jobs of a sweep often differ in nothing of it."""
     model = [(type(base).__name__, name, tuple(p.shape), str(p.dtype)) for name, p in base.named_parameters()]
     batch = (config.data.batch_size, config.prior.class_samples, config.data.resolution, config.trainer.accumulate_grad_batches)
-    modes = (config.trainer.precision, config.trainer.gradient_checkpointing, config.trainer.ema_decay is None, config.prior.asks_frozen_model)
+    trainer = config.trainer
+    modes = (trainer.precision, trainer.gradient_checkpointing, trainer.ema_decay is None, config.prior.asks_frozen_model)
+    modes += (trainer.sharding, trainer.devices)
     plain = to_plain(config)
     return repr((device, model, batch, modes, plain["method"], plain["optim"], plain["sampling"], config.identifiers, config.subject.class_noun))
 
@@ -109,14 +112,17 @@ def _estimate(config: Config, base: BaseModel, device: str) -> Memory:
             sampling = _sampling_peak(config, fake, device)
     count, size = sum(p.numel() for p in learned), sum(_nbytes(p) for p in learned)
     average = 4 * count if config.trainer.ema_decay is not None else 0
+    share = config.trainer.devices if config.trainer.sharding else 1  # devices that what learns is shared out to
+    together = gathered_bytes(fake) if share > 1 else 0
+    aside = size if share > 1 or (average and device == "cpu") else 0  # while drawing: the whole networks; or what learns, its average in its place
     return Memory(
-        weights=sum(_nbytes(tensor) for tensor in made.values()),
-        gradients=size,
-        optimizer=math.ceil(sum(p.numel() * state_bytes_per_element(config, p.dtype, device) for p in learned)),
+        weights=sum(_nbytes(tensor) for tensor in made.values()) - size + size // share,
+        gradients=size // share,
+        optimizer=math.ceil(sum(p.numel() * state_bytes_per_element(config, p.dtype, device) for p in learned) / share),
         frozen_copy=size if config.prior.asks_frozen_model else 0,
         average=average,
-        activations=max(0, activations - size),
-        sampling=sampling + (size if average and device == "cpu" else 0),  # the learned weights lie aside while the average is in their place
+        activations=max(0, activations - size) + together,
+        sampling=sampling + aside,
         model_copies=2 if device == "cpu" else 1,
     )
 

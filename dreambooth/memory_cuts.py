@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Config, to_plain
+from dreambooth.errors import ConfigError
 from dreambooth.lora import Lora
 from dreambooth.memory import estimate, gigabytes
 from dreambooth.optimization import RATES, AdamW, AdamW8bit
 from dreambooth.priors import ClassImages
+from dreambooth.sharding import check as check_sharding
 
 WORTH = 0.01  # a cut that saves a smaller share of what the run needs is not named
 
@@ -63,12 +65,20 @@ def _draw_one(config: Config) -> None:
     config.sampling.batch_size = 1
 
 
+def _sharding(config: Config) -> None:
+    config.trainer.sharding = True
+    try:
+        check_sharding(config)
+    except ConfigError:
+        config.trainer.sharding = False
+
+
 def _checkpointing(config: Config) -> None:
     config.trainer.gradient_checkpointing = True
 
 
 def _eight_bit(config: Config) -> None:
-    if isinstance(config.optim, AdamW):
+    if isinstance(config.optim, AdamW) and not config.trainer.sharding:
         config.optim = AdamW8bit(**{key: getattr(config.optim, key) for key in RATES})
 
 
@@ -99,12 +109,13 @@ def _frozen_text_encoder(config: Config) -> None:
 
 
 def _adapter(config: Config) -> None:
-    if not config.method.is_additive:
+    if not config.method.is_additive and not config.trainer.sharding:
         config.method = Lora(train_text_encoder=getattr(config.method, "train_text_encoder", False), train_token=False)
 
 
 CUTS: tuple[tuple[str, bool, Callable[[Config], None]], ...] = (  # words, whether only a GPU gains by it, change
     ("sampling.batch_size=1", False, _draw_one),
+    ("trainer.sharding=true", True, _sharding),
     ("trainer.gradient_checkpointing=true", False, _checkpointing),
     ("optim=adamw8bit", True, _eight_bit),
     ("trainer.precision=bf16-mixed", True, _half_precision),

@@ -18,6 +18,7 @@ from dreambooth.diffusion import mask_weight, prior_preservation_loss
 from dreambooth.errors import UserError
 from dreambooth.priors import FrozenModel, distilled_targets
 from dreambooth.randomness import DROPOUT, POSTERIOR, normals, seed_torch
+from dreambooth.sharding import gathered, shard, whole
 
 
 class DreamBoothModule(pl.LightningModule):
@@ -47,6 +48,11 @@ class DreamBoothModule(pl.LightningModule):
         if config.trainer.compile:
             base.unet.compile()  # in place: no name of the state dict changes
         self.strict_loading = False  # a checkpoint holds what learns; `on_load_checkpoint` checks that it holds all of it
+
+    def configure_model(self) -> None:
+        """Shares out what learns over the devices, where the run does that; the frozen parts stay whole on each."""
+        if self.config.trainer.sharding:
+            self.groups = shard(self.base, self.groups, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
         """Puts what learns in training mode; the VAE stays as it is."""
@@ -95,12 +101,17 @@ class DreamBoothModule(pl.LightningModule):
             self.averaged.update()
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
-        """Puts the weights that are evaluated and kept in place inside the context: the moving average where there is one."""
+        """Puts the weights that are evaluated and kept in place inside the context, in full; all ranks enter it.
+
+        They are the moving average where there is one.
+        """
+        if self.config.trainer.sharding:
+            return whole(self.base)
         return self.averaged.applied() if self.averaged is not None else nullcontext()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps only what learns: the frozen weights are the base's and lie in its folder."""
-        checkpoint["state_dict"] = {f"base.{name}": tensor for name, tensor in trainable_state(self.base).items()}
+        checkpoint["state_dict"] = {f"base.{name}": tensor for name, tensor in gathered(trainable_state(self.base)).items()}
         if self.averaged is not None:
             checkpoint["averaged_weights"] = self.averaged.state_dict()
 

@@ -23,10 +23,10 @@ LAYERS = {  # each may import itself and what stands above it here
     ),
     "page": "config recipes",
     "after": (
-        "live_storage memory memory_cuts preflight runs class_bank subject_photos generation evaluation base_images scoring lab_truth "
+        "live_storage memory memory_cuts sharding preflight runs class_bank subject_photos generation evaluation base_images scoring lab_truth "
         "final_scores rescoring combined_scores interop"
     ),
-    "train": "data module fixed_loss callbacks first_steps mirror",
+    "train": "data module sharded_strategy fixed_loss callbacks first_steps mirror",
     "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures report_truth dashboard studio __main__",
     "scripts": "train evaluate generate",
 }

@@ -105,6 +105,17 @@ def test_estimate_counts_the_frozen_copy_and_the_average(config: Any, shared_bas
     assert memory.frozen_copy == memory.average == memory.gradients > 0
 
 
+def test_estimate_shares_out_what_stands_and_counts_what_is_gathered(config: Any, shared_base: BaseModel) -> None:
+    alone, shared = (estimate(config({"trainer.devices": 2, "trainer.sharding": on}), shared_base) for on in (False, True))
+    unet = alone.gradients
+    assert shared.gradients == unet // 2 and shared.optimizer == pytest.approx(alone.optimizer / 2, rel=1e-3)
+    assert shared.weights == alone.weights - unet + unet // 2
+    assert shared.sampling == alone.sampling + unet  # the whole networks, to draw with
+    blocks = [m for m in shared_base.unet.modules() if type(m).__name__ in ("ResnetBlock2D", "Transformer2DModel")]
+    sizes = [4 * sum(p.numel() for p in block.parameters()) for block in blocks]
+    assert shared.activations - alone.activations == 3 * max(sizes) + unet - sum(sizes)
+
+
 def test_estimate_of_activations_grows_with_the_batch(config: Any, wide_base: BaseModel) -> None:
     one, two = (estimate(config({"data.batch_size": n, "prior.batch_size": n}), wide_base).activations for n in (1, 2))
     assert two / one == pytest.approx(2, rel=0.05)

@@ -146,6 +146,19 @@ def test_cuts_save_what_a_run_with_them_needs_less(make_config: Callable[..., Co
     assert together == sorted(together, reverse=True) and together[0] < own
 
 
+def test_cuts_of_several_gpus_share_out_what_learns(make_config: Callable[..., Config], shared_base: BaseModel) -> None:
+    changes = {word: change for word, _, change in CUTS}
+    share, others = changes["trainer.sharding=true"], (changes["optim=adamw8bit"], changes["method=lora"])
+    for given, can in (({"trainer.devices": 2}, True), ({}, False), ({"trainer.devices": 2, "method.name": "lora"}, False)):
+        config = make_config(given)
+        share(config)
+        assert config.trainer.sharding is can
+        before = to_plain(config)
+        if can:  # what excludes it is not advised beside it
+            [change(config) for change in others]
+            assert to_plain(config) == before
+
+
 def test_cuts_change_nothing_of_the_config_that_they_are_found_for(make_config: Callable[..., Config], shared_base: BaseModel) -> None:
     config = make_config()
     before = copy.deepcopy(to_plain(config))
