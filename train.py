@@ -24,10 +24,11 @@ from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.dreambench import read_dreambench
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.generation import pick_device
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.preflight import before_loading, check_disk, check_memory, require_writable
 from dreambooth.ranks import ALONE, Ranks
 from dreambooth.recipes import resolve, settle_steps
-from dreambooth.runs import MetricsFile, RunFolder, claimed_run, read_run
+from dreambooth.runs import RunFolder, claimed_run, read_run
 from dreambooth.samplers import check_sampler
 from dreambooth.subject_photos import SubjectPhotos, prepared, read_subject_photos, save_photos
 from dreambooth.summary import summarize

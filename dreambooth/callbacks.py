@@ -21,9 +21,10 @@ from dreambooth.evaluation import Item, draw_together, image_names, save_images,
 from dreambooth.files import write_png, write_with
 from dreambooth.final_scores import run_reference
 from dreambooth.grids import image_grid
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.module import DreamBoothModule
 from dreambooth.ranks import ALONE, Ranks
-from dreambooth.runs import MetricsFile, RunFolder, save_weights
+from dreambooth.runs import RunFolder, save_weights
 from dreambooth.scoring import score
 from dreambooth.step_choice import Choice, EarlyStop, StepScores, choose_step, stop_early
 

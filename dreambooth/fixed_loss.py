@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dreambooth.config import Config
 from dreambooth.diffusion import prior_preservation_loss
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.module import DreamBoothModule
 from dreambooth.photos import to_pixel_values
 from dreambooth.ranks import ALONE, Ranks
-from dreambooth.runs import MetricsFile
 from dreambooth.step_choice import dvar_ratio
 
 SAMPLES = 16  # of the batch: the photos in turn, each with noise and a timestep of its own

@@ -11,17 +11,15 @@ from dreambooth.files import write_text, write_with
 from dreambooth.report_data import Study, read_study
 from dreambooth.report_figures import Plot, bars, heat_maps, paired_dots, trajectory
 from dreambooth.report_pictures import Panel, data_uri, panels, sheet
+from dreambooth.report_record import cost_table, left_out_table, reproducibility
 from dreambooth.report_tables import (
     ANSWERING,
     Table,
     answer,
     caution,
     compare,
-    cost_table,
     course,
     course_table,
-    left_out_table,
-    reproducibility,
     score_tables,
 )
 from dreambooth.report_truth import truth_tables

@@ -14,8 +14,9 @@ from dreambooth.combined_scores import ARM_WORDS, BASE, settings_that_differ
 from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.errors import UserError
 from dreambooth.final_scores import subject_label
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.recipes import resolve
-from dreambooth.runs import MetricsFile, RunFolder, read_run
+from dreambooth.runs import RunFolder, read_run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 ONE_ARM = "these settings"  # the label of the only arm

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dreambooth.claims import holder
 from dreambooth.files import write_json
-from dreambooth.runs import MetricsFile, RunFolder
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder
 
 FOLDER = "DREAMBOOTH_SWEEP"  # environment variable: the folder of the sweep under way; the processes of its jobs inherit it
 STATES = ("done before", "done", "left out", "failed", "cut off", "elsewhere")

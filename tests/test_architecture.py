@@ -23,11 +23,13 @@ LAYERS = {  # each may import itself and what stands above it here
     ),
     "page": "config recipes",
     "after": (
-        "live_storage memory memory_cuts sharding preflight runs class_bank subject_photos generation evaluation base_images scoring lab_truth "
-        "final_scores rescoring combined_scores interop"
+        "live_storage memory memory_cuts sharding preflight metrics_csv runs class_bank subject_photos generation evaluation base_images scoring "
+        "lab_truth final_scores rescoring combined_scores interop"
     ),
     "train": "data module sharded_strategy fixed_loss callbacks first_steps mirror",
-    "faces": "cli sweeps summary report report_data report_tables report_figures report_pictures report_truth dashboard studio __main__",
+    "faces": (
+        "cli sweeps summary report report_data report_tables report_record report_figures report_pictures report_truth dashboard studio __main__"
+    ),
     "scripts": "train evaluate generate",
 }
 ORDER = list(LAYERS)

@@ -26,8 +26,9 @@ from dreambooth.data import DreamBoothData, ImageSet, describe_batch
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.evaluation import draw_together, selection_plan
 from dreambooth.final_scores import draw_final_share
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.ranks import ALONE, Ranks
-from dreambooth.runs import MetricsFile, RunFolder, load, read_run
+from dreambooth.runs import RunFolder, load, read_run
 
 WORDS = (
     "method=pivotal_tuning",  # a part that stops and a part that begins while the ranks train

@@ -6,7 +6,8 @@ import pytest
 from small_runs import make_photos, run
 
 from dreambooth import callbacks
-from dreambooth.runs import MetricsFile, RunFolder, read_run
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder, read_run
 from dreambooth.step_choice import EarlyStop
 
 STOP_AT = 4

@@ -19,7 +19,8 @@ from dreambooth.__main__ import main as command
 from dreambooth.config import EvaluateConfig, GenerateConfig, Sampling, to_plain
 from dreambooth.errors import UserError
 from dreambooth.generation import read_recipe
-from dreambooth.runs import MetricsFile, RunFolder, load
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder, load
 
 LAB = ("trainer.max_steps=4", "trainer.eval_every=2", "wandb.mode=offline")
 

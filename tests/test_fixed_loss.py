@@ -10,10 +10,11 @@ from small_runs import make_photos, run, weights
 from dreambooth.callbacks import SelectionScores
 from dreambooth.diffusion import add_noise
 from dreambooth.fixed_loss import KEY, fixed_batch_loss
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.module import DreamBoothModule
 from dreambooth.photos import to_pixel_values
 from dreambooth.randomness import NOISE, TIMESTEP, integer, normal
-from dreambooth.runs import MetricsFile, RunFolder, save_weights
+from dreambooth.runs import RunFolder, save_weights
 from dreambooth.step_choice import StepScores
 
 STEPS = 6

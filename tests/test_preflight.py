@@ -20,8 +20,8 @@ from dreambooth.first_steps import TimeLeft, duration, time_left
 from dreambooth.interop.names import joepenna_name
 from dreambooth.memory import Memory, estimate
 from dreambooth.memory_cuts import CUTS, find_cuts
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.preflight import before_loading, check_disk, check_memory, disk_needed, prompt_findings, require_writable
-from dreambooth.runs import MetricsFile
 
 MEGA = 10**6
 WORDS = ["photo", "dog", "robot", "beach", "jungle", "mountain", "backpack", "teapot", "qzv", "sks"]

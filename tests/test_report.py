@@ -18,7 +18,8 @@ from dreambooth.report import Report, Section, render, write_report
 from dreambooth.report_data import axes, read_header, read_study
 from dreambooth.report_figures import TITLES, heat_maps, subject_differences
 from dreambooth.report_pictures import panels
-from dreambooth.report_tables import Table, answer, caution, compare, cost_table, course
+from dreambooth.report_record import cost_table
+from dreambooth.report_tables import Table, answer, caution, compare, course
 
 
 class Written(NamedTuple):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from small_runs import ROOT, SMALL, Cut, cut, make_photos, run, typed, weights
 
-from dreambooth.runs import MetricsFile, RunFolder, read_run
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder, read_run
 
 STEPS = 7
 HARD = (  # all that could remember something: accumulation, random crops, flips, a schedule, evaluation in between

@@ -16,7 +16,8 @@ from dreambooth.adapters import trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.runs import MetricsFile, RunFolder, load, load_weights, open_run, read_run, save_weights
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder, load, load_weights, open_run, read_run, save_weights
 
 MakeConfig = Callable[..., Config]
 DIGESTS = {"base": "b", "photos": "p", "class_images": "none"}

@@ -11,7 +11,8 @@ from dreambooth import ranks
 from dreambooth.adapters import Full, trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.errors import ConfigError
-from dreambooth.runs import MetricsFile, RunFolder, read_run
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder, read_run
 from dreambooth.sharding import check, gathered, shard, whole
 
 WORDS = (

@@ -23,7 +23,8 @@ from dreambooth.callbacks import ContinueState
 from dreambooth.claims import Busy, ClaimLost
 from dreambooth.config import Config
 from dreambooth.evaluation import draw, selection_plan
-from dreambooth.runs import MetricsFile, RunFolder, read_run
+from dreambooth.metrics_csv import MetricsFile
+from dreambooth.runs import RunFolder, read_run
 from dreambooth.sweeps import Job, jobs_that_fit, read_plan, seconds_left, selection_score, table
 
 FEW = [*SMALL, "prior=none", "trainer.max_steps=2", "trainer.eval_every=2", "sampling.steps=1", "evaluation.final_images=1"]
