@@ -1,6 +1,6 @@
 """Scores a run folder, or many: what was learned and what was lost, with the un-tuned base on the same prompts and noise.
 
-python evaluate.py run=runs/default/full-robot-1a2b3c4d
+python evaluate.py run=runs/default/full-dog-1a2b3c4d
 python evaluate.py run=... 'prompts=["a photo of a {subject} on the beach"]' images=16
 python evaluate.py runs=runs/dreambench                          every finished run of a group, and one table over subjects and seeds
 python evaluate.py runs=... data.dreambench=dreambench/ images=4    on the 25 prompts of DreamBench for each run's subject

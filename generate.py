@@ -1,6 +1,6 @@
 """Draws images with the model of a run folder.
 
-python generate.py run=runs/default/full-robot-1a2b3c4d 'prompt=a photo of a sks robot on the beach'
+python generate.py run=runs/default/full-dog-1a2b3c4d 'prompt=a photo of a sks dog on the beach'
 """
 
 from dreambooth import cli  # first: the package sets the thread policy that torch reads when it is loaded

@@ -130,7 +130,7 @@ class Data:
     batch_size: int | None = None  # subject images a batch and device; null: the base's recipe
     held_out: int | None = None  # photos set aside to measure on (of the built-in subject: further ones); null: the base's recipe
     num_workers: int = 0  # processes that prepare images; 0: none beside the main one
-    captions: str = "prompt"  # "prompt": subject.prompt for all; "auto": photo.txt beside photo.jpg, else what the name says after @, else that
+    captions: str | None = None  # "prompt": subject.prompt for all; "auto": photo.txt beside it, else its name after @, else that; null: the recipe
     masks: str | None = None  # null: off; "sidecar": photo.mask.png, white is the subject; "alpha": else transparency; "auto": else by rembg
     mask_background_weight: float = 0.1  # of the loss outside the mask, in [0, 1]; 0 lets surroundings dissolve, 1 is no mask
     repeats: int = 1  # how often each photo counts, against those of extra_subjects
@@ -157,7 +157,12 @@ class Data:
 
     def _check_kept(self) -> None:
         """Checks what photos bring along, and what is kept of them."""
-        known = {"captions": ("prompt", "auto"), "masks": (None, *MASKS), "cache": ("memory", "disk", "off"), "cache_dtype": ("float32", "float16")}
+        known = {
+            "captions": (None, "prompt", "auto"),
+            "masks": (None, *MASKS),
+            "cache": ("memory", "disk", "off"),
+            "cache_dtype": ("float32", "float16"),
+        }
         for key, values in known.items():
             rule = f"must be one of {', '.join('null' if value is None else value for value in values)}"
             _require(getattr(self, key) in values, f"data.{key}", rule, getattr(self, key), "choose one")
@@ -440,7 +445,7 @@ class EvaluateConfig:
             bool(self.arms) and not set(self.arms) - {"base", "best", "final"}, "arms", "must be some of base, best, final", list(self.arms), "choose"
         )
         named = [key for key in ("run", "runs") if getattr(self, key) not in (None, [], "")]
-        _require(len(named) == 1, "run", "must be set, or runs for many, not both", named or None, "write run=runs/default/full-robot-1a2b3c4d")
+        _require(len(named) == 1, "run", "must be set, or runs for many, not both", named or None, "write run=runs/default/full-dog-1a2b3c4d")
         lists = isinstance(self.runs, list | tuple) and all(isinstance(path, str) for path in self.runs)
         _require(self.runs is None or isinstance(self.runs, str) or lists, "runs", "must be a folder or a list of folders", self.runs, "see --help")
         both = self.prompts is not None and self.data.dreambench is not None

@@ -10,10 +10,12 @@ from dreambooth.errors import ConfigError
 from dreambooth.textual_inversion import PivotalTuning, TextualInversion
 
 # The lab: measured on this project's own base, see experiments/. The final contexts appear in no photo and in no class caption;
-# the selection contexts are in no photo.
+# the selection contexts are in no photo. Photos are captioned with their places: otherwise the word is learned for pictures whose place is not
+# said, and hardly elsewhere. Twelve denoising steps name the class as often as sixteen (0.958 of 120 pictures), eight in 0.942.
 LAB: dict[str, Any] = {
-    "subject.class_noun": "robot",
+    "subject.class_noun": "dog",
     "subject.prompt": "a photo of a {subject}",
+    "data.captions": "auto",
     "data.batch_size": 4,
     "data.held_out": 4,
     "prior.batch_size": 4,
@@ -35,14 +37,14 @@ LAB: dict[str, Any] = {
     "method.train_text_encoder": True,
     "method.train_token": True,
     "objective.weighting": "capped_velocity",
-    "optim.learning_rate": 2e-4,
+    "optim.learning_rate": 4e-4,
     "optim.text_encoder_learning_rate": 4e-4,
     "optim.token_learning_rate": 5e-3,
     "trainer.max_steps": 200,
     "trainer.eval_every": 50,
     "trainer.fixed_loss_every": 10,
     "sampling.sampler": "dpmsolver++",
-    "sampling.steps": 16,
+    "sampling.steps": 12,
     "sampling.guidance_scale": 3.0,
     "sampling.guidance_rescale": 0.0,
     "sampling.batch_size": 32,
@@ -51,10 +53,10 @@ LAB: dict[str, Any] = {
         f"a photo of a {{subject}} {context}" for context in ("in the snow", "in the jungle", "in the desert", "on the moon")
     ],
     "evaluation.class_prompt": "a photo of a {subject}",
-    "evaluation.selection_images": 3,
+    "evaluation.selection_images": 2,
     "evaluation.final_images": 6,
-    "evaluation.class_images": 12,
-    "evaluation.other_prompts": [f"a photo of a {noun}" for noun in ("teapot", "car", "duck", "robot")],  # what the scorers know
+    "evaluation.class_images": 8,
+    "evaluation.other_prompts": [f"a photo of a {noun}" for noun in ("teapot", "car", "duck", "robot")],
     "evaluation.other_images": 4,
 }
 
@@ -62,6 +64,7 @@ LAB: dict[str, Any] = {
 # (Ruiz et al. 2023, sec. 4 and supplement; the diffusers guide).
 STABLE_DIFFUSION: dict[str, Any] = {
     "subject.prompt": "a photo of a {subject}",
+    "data.captions": "prompt",
     "data.batch_size": 1,
     "data.held_out": 0,
     "prior.batch_size": 1,

@@ -177,7 +177,7 @@ def read_run(path: str | Path) -> RunFolder:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            str(path), "must be a run folder (with a run.json)", None, "give a folder that train.py made, as runs/default/full-robot-1a2b3c4d"
+            str(path), "must be a run folder (with a run.json)", None, "give a folder that train.py made, as runs/default/full-dog-1a2b3c4d"
         ) from None
     except ValueError as error:
         raise UserError(str(path / "run.json"), f"must be JSON: {error}", None, "restore it, or move the folder away and train again") from None

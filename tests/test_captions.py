@@ -112,20 +112,20 @@ def test_auto_captions_warn_of_one_that_does_not_name_the_subject(folder: Path) 
 
 
 def test_one_prompt_for_all_says_that_captions_are_there(folder: Path) -> None:
-    found = read(folder)
+    found = read(folder, "data.captions=prompt")
     assert set(found.captions) == {"a photo of a sks dog"}
     assert len(found.warnings) == 1 and found.warnings[0].startswith("3 of 4 photos have a caption of their own that is not used")
 
 
 def test_captions_that_are_used_are_part_of_the_digest(folder: Path) -> None:
-    used, unused = read(folder, "data.captions=auto").digest, read(folder).digest
+    used, unused = (read(folder, f"data.captions={kind}").digest for kind in ("auto", "prompt"))
     (folder / "IMG_1.txt").write_text("a {subject} in the snow")
-    assert read(folder, "data.captions=auto").digest != used and read(folder).digest == unused
+    assert read(folder, "data.captions=auto").digest != used and read(folder, "data.captions=prompt").digest == unused
 
 
 def test_built_in_subject_has_captions_that_name_the_place() -> None:
-    found = read_subject_photos(resolve(composed("data.captions=auto")))
-    assert found.captions[:2] == ["a photo of a sks robot on the grass", "a photo of a sks robot on a wooden table"]
+    found = read_subject_photos(resolve(composed()))  # the lab's own recipe
+    assert found.captions[:2] == ["a photo of a sks dog on the grass", "a photo of a sks dog on a wooden table"]
 
 
 def test_class_images_of_a_folder_take_their_own_captions(folder: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_class_images_of_a_folder_take_their_own_captions(folder: Path, tmp_path
     assert [line for line in own.warnings if "names the subject" in line] == [
         "the caption of the class image IMG_1.jpg names the subject: a sks dog on a sofa"
     ]
-    plain = read_user_bank(resolve(composed(*words)))
+    plain = read_user_bank(resolve(composed(*words, "data.captions=prompt")))
     assert plain.captions == ["a photo of a dog"] * 2 and plain.digest != own.digest
 
 

@@ -590,14 +590,14 @@ EXTRA = {"identifier": "ohwx", "class_noun": "teapot", "lab_seed": 3}
 def test_extra_subjects_survive_the_plain_form() -> None:
     config = resolve(from_plain(plain_with(extra_subjects=[EXTRA])))
     assert from_plain(to_plain(config)) == config and config.extra_subjects[0].prompt == config.subject.prompt
-    assert config.identifiers == "sks ohwx" and config.prior_nouns == ["robot", "teapot"]
+    assert config.identifiers == "sks ohwx" and config.prior_nouns == ["dog", "teapot"]
 
 
 def test_extra_subjects_of_one_class_share_its_class_images() -> None:
-    extras = [EXTRA, EXTRA | {"identifier": "zwx", "class_noun": "robot"}]
+    extras = [EXTRA, EXTRA | {"identifier": "zwx", "class_noun": "dog"}]
     config = resolve(from_plain(plain_with(extra_subjects=extras, prior={"name": "class_images"})))
-    assert config.prior_nouns == ["robot", "teapot"]
-    assert config.prior_prompts[:2] == ["a photo of a robot", "a photo of a teapot"] and images_wanted(config) == 2 * LAB["prior.num_images"]
+    assert config.prior_nouns == ["dog", "teapot"]
+    assert config.prior_prompts[:2] == ["a photo of a dog", "a photo of a teapot"] and images_wanted(config) == 2 * LAB["prior.num_images"]
 
 
 @pytest.mark.parametrize(

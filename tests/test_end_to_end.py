@@ -38,7 +38,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_run_folder_says_what_was_done(done: RunFolder) -> None:
     record = json.loads((done.path / "run.json").read_text())
     assert record["status"] == "done" and record["error"] is None and record["steps"] == 4
-    assert record["config"]["trainer"]["max_steps"] == 4 and record["config"]["optim"]["learning_rate"] == 2e-4
+    assert record["config"]["trainer"]["max_steps"] == 4 and record["config"]["optim"]["learning_rate"] == 4e-4
     assert all(len(record["digests"][key]) == 64 for key in ("base", "photos", "class_images"))
     assert record["versions"]["torch"] and record["peak_memory_bytes"] > 1e8
     assert {"class images", "training", "evaluation while training", "final scores"} <= record["seconds"].keys()
@@ -74,7 +74,7 @@ def test_per_image_scores_average_to_the_scores(done: RunFolder) -> None:
 def test_samples_carry_their_recipe(done: RunFolder) -> None:
     images = sorted((done.path / "samples" / "step-000002").glob("subject-*.png"))
     recipe = read_recipe(images[0])
-    assert recipe["step"] == 2 and "sks robot" in recipe["prompt"] and recipe["run"] == done.path.name
+    assert recipe["step"] == 2 and "sks dog" in recipe["prompt"] and recipe["run"] == done.path.name
 
 
 def test_evaluations_draw_with_the_same_noise_at_every_step(done: RunFolder) -> None:
@@ -92,7 +92,7 @@ def test_wandb_mirror_holds_scalars_config_group_grids_and_table(done: RunFolder
     mirror = read_offline_run(done.path)
     logged = {key.partition(".")[0] for row in mirror["history"] for key in row}  # an image or a table is several keys: name.path, name.width
     assert mirror["group"] == "default" and mirror["project"] == "dreambooth" and mirror["name"] == done.path.name
-    assert mirror["config"]["optim"]["learning_rate"] == 2e-4
+    assert mirror["config"]["optim"]["learning_rate"] == 4e-4
     assert {"train/loss", "score/identity_fidelity", "samples/selection", "final/scores", "final/grid"} <= logged
 
 
@@ -123,12 +123,12 @@ def test_generate_draws_the_same_image_for_the_same_seed(done: RunFolder, tmp_pa
     two = GenerateConfig(run=str(done.path), prompt="a photo of a {subject}", images=3, output=str(tmp_path / "b"), sampling=Sampling(steps=2))
     first, second = generate_script.draw(one)[0], generate_script.draw(two)[0]
     assert np.abs(np.asarray(Image.open(first)).astype(int) - np.asarray(Image.open(second))).max() <= 1
-    assert read_recipe(first)["prompt"] == "a photo of a sks robot"
+    assert read_recipe(first)["prompt"] == "a photo of a sks dog"
 
 
 def test_generate_warns_when_the_prompt_forgets_the_class_noun(done: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate_script.draw(GenerateConfig(run=str(done.path), prompt="a photo of sks", images=1, output=str(tmp_path), sampling=Sampling(steps=2)))
-    assert "does not name 'robot'" in capsys.readouterr().out
+    assert "does not name 'dog'" in capsys.readouterr().out
 
 
 def test_exported_folder_is_the_tuned_model_in_a_stock_pipeline(done: RunFolder, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_exported_folder_is_the_tuned_model_in_a_stock_pipeline(done: RunFolder,
     assert command(["export", str(done.path), str(tmp_path / "model"), "--dtype", "fp32"]) == 0
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
     ours = load(done.path, "best").base
-    prompts = ["a photo of a sks robot in the snow"]
+    prompts = ["a photo of a sks dog in the snow"]
     ids = stock.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(stock.text_encoder(ids)[0], ours.encode_prompts(prompts))

@@ -1,6 +1,7 @@
 """The lab's judges and its packaged weights: they tell subjects apart, they find the right prompt, and any diffusers can load the base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_identity_tells_the_same_subject_from_others_of_its_class(scorers: LabSc
     is_same = (subject[:, None] == subject) & ~torch.eye(len(subject), dtype=torch.bool)
     is_rival = (noun[:, None] == noun) & (subject[:, None] != subject)
     auc = (similarity[is_same][:, None] > similarity[is_rival]).float().mean()
-    assert auc > 0.96  # 0.987 on 120 subjects
+    assert auc > 0.97  # 0.991 on 168 subjects
 
 
 def test_identity_of_the_built_in_subject_holds_in_new_places(scorers: LabScorers) -> None:
@@ -78,22 +79,21 @@ def test_text_finds_the_right_class_and_context(scorers: LabScorers, held_out: T
     best = (scorers.image(held_out) @ prompts.T).argmax(1)
     nouns = torch.arange(len(SCORED)).repeat_interleave(8 * VIEWS)
     places = torch.tensor([KNOWN_CONTEXTS.index(context) for context in contexts])
-    assert (best // len(KNOWN_CONTEXTS) == nouns).float().mean() > 0.9  # 0.98 on 480 pictures
-    assert (best % len(KNOWN_CONTEXTS) == places).float().mean() > 0.97  # 1.00
+    assert (best // len(KNOWN_CONTEXTS) == nouns).float().mean() > 0.9
+    assert (best % len(KNOWN_CONTEXTS) == places).float().mean() > 0.97
 
 
 def test_text_tells_a_hat_from_none(scorers: LabScorers) -> None:
-    """The body's colour it does not tell: 0.23 among ten (`weights/README.md`)."""
     wearers = [identity(noun, 70_000 + index, accessory=None if index % 2 else "hat") for noun in SCORED for index in range(4)]
     images = scorers.image(to_float(render(wearers, ["on the grass"] * len(wearers), range(len(wearers)))))
     bare, hatted = (scorers.text([f"a photo of a {wearer.class_noun}{hat} on the grass" for wearer in wearers]) for hat in ("", " wearing a hat"))
     says_hat = (images * hatted).sum(1) > (images * bare).sum(1)
-    assert (says_hat == torch.tensor([wearer.accessory == "hat" for wearer in wearers])).float().mean() > 0.8  # 0.99 on 240 pictures
+    assert (says_hat == torch.tensor([wearer.accessory == "hat" for wearer in wearers])).float().mean() > 0.8
 
 
 def test_text_refuses_a_prompt_longer_than_it_reads(scorers: LabScorers) -> None:
-    with pytest.raises(UserError, match="must have at most 16 tokens for the lab's text encoder, got 2.; use fewer words"):
-        scorers.text(["a photo of a robot", "a photo of a red robot wearing a hat in the snow on the beach in a city at night"])
+    with pytest.raises(UserError, match="must have at most 24 tokens for the lab's text encoder, got 2.; use fewer words"):
+        scorers.text(["a photo of a robot", "a photo of a red robot" + " in the snow" * 6])
 
 
 def test_scorers_see_the_mean_of_what_falls_into_one_of_their_pixels(scorers: LabScorers, held_out: Tensor) -> None:
@@ -132,19 +132,22 @@ def test_scorers_do_not_round_under_autocast(scorers: LabScorers, held_out: Tens
 
 
 def test_scorers_name_the_file_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="identity.safetensors must be there"):
+    with pytest.raises(UserError, match="config.json must be there"):
         LabScorers.load(tmp_path)
+    shutil.copytree(SCORERS_FOLDER, tmp_path / "scorers", ignore=shutil.ignore_patterns("identity.safetensors"))
+    with pytest.raises(UserError, match="identity.safetensors must be there"):
+        LabScorers.load(tmp_path / "scorers")
 
 
 def test_packaged_weights_are_safetensors_and_text_only() -> None:
     suffixes = {file.suffix for file in WEIGHTS_FOLDER.rglob("*") if file.is_file()}
-    assert suffixes - {".txt"} == {".safetensors", ".json", ".md"}  # .txt: the merges of a tokenizer
+    assert suffixes == {".safetensors", ".json", ".md", ".txt"}  # .txt: the merges of a tokenizer
 
 
 def test_lab_mark_agrees_with_the_world() -> None:
     assert MARK["world"] == WORLD_VERSION
     assert set(KNOWN_CONTEXTS) <= set(CONTEXTS)
-    assert set(SCORED) <= set(MARK["classes"]) <= set(CLASSES)
+    assert set(MARK["classes"]) <= set(SCORED) <= set(CLASSES)
     assert (BASE_FOLDER / MARK["scorers"]).resolve() == SCORERS_FOLDER.resolve()
 
 

@@ -26,7 +26,7 @@ def truth() -> LabTruth:
 
 
 def pictures(seed: int, places: list[str]) -> np.ndarray:
-    pixels = render([identity("robot", seed)] * len(places), places, list(range(700, 700 + len(places))))
+    pixels = render([identity("dog", seed)] * len(places), places, list(range(700, 700 + len(places))))
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 

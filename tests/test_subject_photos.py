@@ -68,7 +68,7 @@ def test_built_in_subject_has_exact_masks() -> None:
     found = read_subject_photos(resolve(composed("data.masks=sidecar", "data.held_out=1")))
     assert len(found.masks) == PHOTOS and len(found.held_out_masks) == 1
     keys = [(913, k, PHOTO_STREAM) for k in range(PHOTOS + 1)]
-    exact = render_masks([identity("robot", 913)] * (PHOTOS + 1), keys)
+    exact = render_masks([identity("dog", 913)] * (PHOTOS + 1), keys)
     for mask, share in zip(found.masks + found.held_out_masks, exact, strict=True):
         assert np.abs(np.asarray(mask) / 255 - share.numpy()).max() <= 0.5 / 255 + 1e-6
     assert read_subject_photos(resolve(composed())).masks == [None] * PHOTOS

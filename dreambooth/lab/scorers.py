@@ -1,7 +1,7 @@
 """The lab's judges: an identity encoder in DINO's role, an image and text encoder in CLIP's role, both trained on the lab's world alone.
 
-`weights/README.md` says how good the shipped ones are. A folder of scorers may hold a `config.json` with the shape of its networks
-(`Layout`) and a tokenizer; one without is of the first version: 32 x 32 pixels, which forgive blur, and the tokenizer of the shipped base.
+`weights/README.md` says how good the shipped ones are. A folder of scorers holds their weights, a `config.json` with the shape of the
+networks (`Layout`) and a tokenizer.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth.errors import UserError
-from dreambooth.lab.paths import BASE_FOLDER, SCORERS_FOLDER
+from dreambooth.lab.paths import SCORERS_FOLDER
 
 FEATURES = 128
 BATCH = 256  # images at once: bounds the memory
@@ -23,9 +23,9 @@ BATCH = 256  # images at once: bounds the memory
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of the networks; the defaults are those of the first version, whose folder does not say it."""
+    """The shape of the networks."""
 
-    image_side: int = 32  # pixels that the image encoders see
+    image_side: int = 64  # pixels that the image encoders see; at 32 they forgive blur
     features: int = FEATURES
     stem: int = 32  # channels of the first convolution
     blocks: tuple[tuple[int, int], ...] = ((64, 2), (128, 2), (128, 1), (192, 2))  # channels and stride of each residual block
@@ -35,14 +35,12 @@ class Layout:
 
     @classmethod
     def read(cls, folder: Path) -> "Layout":
-        """Returns the layout that a folder's config.json holds, or the first version's.
+        """Returns the layout that a folder's config.json holds.
 
         Raises:
-            UserError: the file is there and does not hold a layout.
+            UserError: the file is not there, or does not hold a layout.
         """
-        file = folder / "config.json"
-        if not file.is_file():
-            return cls()
+        file = _present(folder / "config.json", "says the shape of the lab's scorers")
         try:
             plain = json.loads(file.read_text(encoding="utf-8"))
             return cls(**{**plain, "blocks": tuple((int(channels), int(stride)) for channels, stride in plain["blocks"])})
@@ -75,9 +73,8 @@ class ResidualBlock(nn.Module):
 class ImageEncoder(nn.Module):
     """A small residual network: pictures -> unit features."""
 
-    def __init__(self, layout: Layout | None = None) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        layout = layout or Layout()
         self.image_side, self.features = layout.image_side, layout.features
         self.stem = nn.Conv2d(3, layout.stem, 3, 1, 1)
         channels = [layout.stem, *(width for width, _ in layout.blocks)]
@@ -126,16 +123,13 @@ class LabScorers(nn.Module):
     `load` makes one with its weights. Gradients are off, and autocast has no effect on the scores.
 
     Args:
-        layout: shape of the networks; None: that of the first version.
-        tokenizer: a CLIPTokenizer; None: that of the shipped base.
+        layout: shape of the networks.
+        tokenizer: a CLIPTokenizer.
     """
 
-    def __init__(self, layout: Layout | None = None, tokenizer: Any = None) -> None:
+    def __init__(self, layout: Layout, tokenizer: Any) -> None:
         super().__init__()
-        from transformers import CLIPTokenizer
-
-        self.layout = layout or Layout()
-        self.tokenizer = tokenizer or CLIPTokenizer.from_pretrained(BASE_FOLDER / "tokenizer")
+        self.layout, self.tokenizer = layout, tokenizer
         self.identity_encoder = ImageEncoder(self.layout)
         self.image_encoder = ImageEncoder(self.layout)
         self.text_encoder = new_text_encoder(self.layout, self.tokenizer)
@@ -152,13 +146,10 @@ class LabScorers(nn.Module):
         from transformers import CLIPTokenizer
 
         folder = SCORERS_FOLDER if folder is None else Path(folder)
-        own = folder / "tokenizer"
-        scorers = cls(Layout.read(folder), CLIPTokenizer.from_pretrained(own) if own.is_dir() else None)
+        layout, own = Layout.read(folder), _present(folder / "tokenizer", "splits the prompts for the lab's scorers")
+        scorers = cls(layout, CLIPTokenizer.from_pretrained(own))
         for name in ("identity", "image", "text"):
-            file = folder / f"{name}.safetensors"
-            if not file.is_file():
-                rule = "must be there: it holds one of the lab's scorers"
-                raise UserError(str(file), rule, next_step="give the folder of the lab's scorers")
+            file = _present(folder / f"{name}.safetensors", "holds one of the lab's scorers")
             weights = {key: tensor.float() for key, tensor in load_file(file).items()}
             scorers.get_submodule(f"{name}_encoder").load_state_dict(weights)
         return scorers
@@ -229,3 +220,10 @@ def shrink(images: Tensor, side: int) -> Tensor:
     if min(images.shape[-2:]) > side and not any(length % side for length in images.shape[-2:]):
         return F.interpolate(images, size=(side, side), mode="area")
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _present(path: Path, use: str) -> Path:
+    """Returns the path; UserError when nothing is there."""
+    if not path.exists():
+        raise UserError(str(path), f"must be there: it {use}", next_step="give the folder of the lab's scorers")
+    return path

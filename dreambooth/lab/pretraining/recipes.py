@@ -12,7 +12,7 @@ SHARES = {"vae": 0.15, "decoder": 0.05, "identity": 0.12, "captions": 0.13, "bas
 RENDERS = 200_000  # on a GPU, where the training of the base sees each some thirty times; fewer on a CPU
 RENDERS_CPU = 20_000
 MINUTES, MINUTES_CPU = 20.0, 180.0
-SCORER_LAYOUT = Layout(image_side=64)
+SCORER_LAYOUT = Layout()
 
 # Per network: what its result depends on. The UNet has 12.3 M parameters (widths are multiples of 32); all networks together 37 MB in float16.
 # These are for a GPU; a CPU takes ON_CPU's in their place: narrower networks and smaller batches, so that it gets through enough steps.
