@@ -24,6 +24,7 @@ pytestmark = pytest.mark.science
 
 SUBJECTS = ("dog", "car", "duck")
 LAST, HALF = 150, 75
+MEANT = 0.15  # smallest difference that counts for the prior: two trainings that differ in nothing but its ignored weight came 0.02 apart
 SWEEPS = ("prior=class_images,none", "prior=none subject.prompt_noun=mushroom")
 SIZE = [f"trainer.max_steps={LAST}", f"trainer.eval_every={HALF}", "evaluation.class_images=16", "evaluation.final_images=2", "wandb.mode=disabled"]
 TWO_AT_ONCE = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -80,12 +81,12 @@ def difference(one: pd.DataFrame, other: pd.DataFrame, column: str, kind: str) -
 
 def test_prior_keeps_the_class_from_drifting_into_the_subject(pictures: Pictures) -> None:
     """PRES of the paper's table 3: the plain class is less like the subject with the prior than without."""
-    assert difference(pictures("with prior", LAST), pictures("without", LAST), "identity", "class").high < 0
+    assert difference(pictures("with prior", LAST), pictures("without", LAST), "identity", "class").high < -MEANT
 
 
 def test_prior_keeps_the_class_diverse(pictures: Pictures) -> None:
     """DIV of the paper's table 3."""
-    assert difference(pictures("with prior", LAST), pictures("without", LAST), "diversity", "class").low > 0
+    assert difference(pictures("with prior", LAST), pictures("without", LAST), "diversity", "class").low > MEANT
 
 
 def test_without_prior_the_class_drifts_and_narrows_in_itself(pictures: Pictures) -> None:
