@@ -23,7 +23,7 @@ def _row(scores: dict, arm: str) -> dict:
 
 def test_identity_fidelity_is_clearly_above_the_untuned_base_on_prompts_that_were_not_in_training(scores: dict) -> None:
     difference = scores["differences"]["best - base"]["identity_fidelity"]
-    assert difference["low"] > 0.2, difference  # people clearly notice 0.1 (Ruiz et al. 2023, sec. 4.2)
+    assert difference["low"] > 0.3, difference
 
 
 def test_identity_fidelity_comes_most_of_the_way_to_true_renders_of_the_subject(scores: dict) -> None:

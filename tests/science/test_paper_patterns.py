@@ -1,8 +1,7 @@
 """The paper's claims on the lab: three held-out subjects, three arms, the same prompts and noise; each as a paired difference with its interval.
 
 The arms are whole trainings as a user types them. Differences are taken picture by picture, at equal steps; intervals are over the prompts
-(for the class: over its pictures) of the three subjects, which stand for themselves. `experiments/` has the same over five subjects and
-three seeds, with intervals over subjects.
+(for the class: over its pictures) of the three subjects, which stand for themselves.
 """
 
 from collections.abc import Callable
