@@ -161,8 +161,8 @@ def is_follower() -> bool:
 def following() -> Iterator[tuple[Ranks, dict[str, Any]]]:
     """Gives a further rank its place and its task, in a process that `together` started; it ends when the first rank is gone.
 
-    An error or an exit inside ends the process at once: an interpreter that winds up while an exchange waits for the others is aborted, and
-    its exit status with it.
+    The process ends with the context, whether its share is done or failed, and nothing behind it runs: an interpreter that winds up while a
+    thread of torch still waits for it is aborted, now and then, and a share that was done would count as failed.
     """
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_first, daemon=True).start()
@@ -177,6 +177,7 @@ def following() -> Iterator[tuple[Ranks, dict[str, Any]]]:
         traceback.print_exc()
         _leave(1)
     dist.destroy_process_group()
+    _leave(0)
 
 
 def refuse(sentence: str) -> int:

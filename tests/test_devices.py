@@ -285,6 +285,12 @@ def test_together_exchanges_values(other: Callable[[str], list[str]]) -> None:
         assert float(own.mean(torch_here.tensor(2.0))) == 3.0
 
 
+def test_together_takes_a_share_that_was_done_however_the_interpreter_would_end(other: Callable[[str], list[str]]) -> None:
+    with ranks.together(2, "cpu", other("import atexit, os; atexit.register(os.abort); own.at_first('done')"), {}) as own:
+        own.from_first("hello")
+        assert own.at_first(None) == [None, "done"]
+
+
 def test_together_tells_the_error_of_another_rank(other: Callable[[str], list[str]]) -> None:
     with (
         pytest.raises(RuntimeError, match=r"(?s)rank 1 ended with exit status 1.*this is rank 1 of 2.*a bad day"),
