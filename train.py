@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from dreambooth.adapters import ParamGroup, describe_learning
+from dreambooth.adapters.methods import ParamGroup, describe_learning
 from dreambooth.base.protocol import BaseModel
 from dreambooth.claims import ClaimLost
 from dreambooth.class_bank import ClassBank, bank_digest, complete_bank, read_user_bank, to_draw

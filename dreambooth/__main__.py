@@ -52,7 +52,7 @@ def tokens(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the report of run folders: one HTML page, and Markdown with small pictures."""
-    from dreambooth.report import write_report
+    from dreambooth.report.page import write_report
 
     for path in write_report(arguments.runs, arguments.output, arguments.baseline, arguments.seed):
         print(path)
@@ -62,7 +62,7 @@ def dashboard(arguments: argparse.Namespace) -> None:
     """Sends the report of run folders to Weights & Biases, and online builds the experiment's dashboard there."""
     from dreambooth.config import Tracking
     from dreambooth.dashboard import publish
-    from dreambooth.report_data import read_study
+    from dreambooth.report.data import read_study
 
     study = read_study(arguments.runs, arguments.baseline)
     own = study.runs[0].config.wandb

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from dreambooth.comparison import Comparison, compare_arms, to_markdown
 from dreambooth.config import NOT_SCIENCE, Config, to_plain
 from dreambooth.dreambench import PROMPT_KINDS
 from dreambooth.errors import UserError
@@ -15,7 +14,8 @@ from dreambooth.files import write_json, write_text, write_with
 from dreambooth.final_scores import subject_label
 from dreambooth.metric_table import METRICS, MetricInfo
 from dreambooth.rescoring import Rescoring
-from dreambooth.statistics import Interval, bootstrap_interval, describe, hierarchical_interval
+from dreambooth.statistics.comparison import Comparison, compare_arms, to_markdown
+from dreambooth.statistics.intervals import Interval, bootstrap_interval, describe, hierarchical_interval
 
 BASE = "un-tuned base"
 ARM_WORDS = {"base": BASE, "best": "best step", "final": "last step"}

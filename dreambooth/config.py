@@ -14,17 +14,17 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth.adapters import CrossAttentionKV, Full, Method
+from dreambooth.adapters.lora import Lora
+from dreambooth.adapters.methods import CrossAttentionKV, Full, Method
+from dreambooth.adapters.textual_inversion import PivotalTuning, TextualInversion
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.encoders import ClipDino, Encoders, LabEncoders
 from dreambooth.errors import ConfigError
-from dreambooth.lora import Lora
 from dreambooth.objective import Epsilon, FollowBase, Objective, Sample, Velocity
 from dreambooth.optimization import AdamW, AdamW8bit, Optimizer, Prodigy
 from dreambooth.priors import ClassImages, NoPrior, Prior, SelfDistilled
 from dreambooth.samplers import SAMPLERS
 from dreambooth.side_files import MASKS
-from dreambooth.textual_inversion import PivotalTuning, TextualInversion
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 

@@ -14,11 +14,11 @@ from PIL import Image
 from dreambooth.config import CHOICES, Tracking
 from dreambooth.errors import UserError
 from dreambooth.mirror import wandb_run
-from dreambooth.report import Report, make_report, markdown_cell, render
-from dreambooth.report_data import Study, axes
-from dreambooth.report_figures import TITLES
-from dreambooth.report_pictures import sheet
-from dreambooth.report_tables import ANSWERING
+from dreambooth.report.data import Study, axes
+from dreambooth.report.figures import TITLES
+from dreambooth.report.page import Report, make_report, markdown_cell, render
+from dreambooth.report.pictures import sheet
+from dreambooth.report.tables import ANSWERING
 
 JOB_TYPE = "report"  # of the run that holds a report, beside the runs that trained
 LOSSES = ("train/loss", "train/subject_loss", "train/prior_loss")

@@ -26,7 +26,7 @@ from dreambooth.metric_table import METRICS, MetricInfo
 from dreambooth.ranks import Ranks
 from dreambooth.runs import RunFolder, load, load_weights
 from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, references, score
-from dreambooth.statistics import Interval, paired_difference
+from dreambooth.statistics.intervals import Interval, paired_difference
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]  # (total, label) -> a context that gives "n more are done"
 ARMS = ("base", "best", "final")  # un-tuned base, chosen step, last step; in the order in which they are drawn

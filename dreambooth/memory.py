@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreambooth.adapters import ParamGroup
+from dreambooth.adapters.methods import ParamGroup
 from dreambooth.base.protocol import BaseModel, quiet
 from dreambooth.config import Config, to_plain
 from dreambooth.live_storage import LiveStorage

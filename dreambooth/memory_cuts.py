@@ -4,10 +4,10 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dreambooth.adapters.lora import Lora
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Config, to_plain
 from dreambooth.errors import ConfigError
-from dreambooth.lora import Lora
 from dreambooth.memory import estimate, gigabytes
 from dreambooth.optimization import RATES, AdamW, AdamW8bit
 from dreambooth.priors import ClassImages

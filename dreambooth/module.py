@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from dreambooth.adapters import ParamGroup, let_learn, trainable_state
+from dreambooth.adapters.methods import ParamGroup, let_learn, trainable_state
 from dreambooth.averaging import AveragedWeights
 from dreambooth.base.protocol import BaseModel
 from dreambooth.caches import make_caches, text_learns

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dreambooth.adapters import ParamGroup
+from dreambooth.adapters.methods import ParamGroup
 from dreambooth.errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")

@@ -3,11 +3,11 @@
 import copy
 from typing import Any
 
+from dreambooth.adapters.textual_inversion import PivotalTuning, TextualInversion
 from dreambooth.config import BaseEncoders, Config
 from dreambooth.dreambench import read_dreambench, same_prompt
 from dreambooth.encoders import ClipDino, LabEncoders
 from dreambooth.errors import ConfigError
-from dreambooth.textual_inversion import PivotalTuning, TextualInversion
 
 # The lab: measured on this project's own base, see experiments/. The final contexts appear in no photo and in no class caption;
 # the selection contexts are in no photo. Photos are captioned with their places: otherwise the word is learned for pictures whose place is not

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dreambooth.adapters import load_trainable_state, trainable_state
+from dreambooth.adapters.methods import load_trainable_state, trainable_state
 from dreambooth.base.protocol import BaseModel
 from dreambooth.claims import Claim, held, is_claim
 from dreambooth.config import Config, fingerprint, from_plain, to_plain

@@ -15,7 +15,7 @@ from dreambooth.evaluation import Item
 from dreambooth.masked_identity import Foreground, foreground, masked_features
 from dreambooth.metric_states import within_groups
 from dreambooth.metric_table import METRICS, MetricInfo
-from dreambooth.statistics import Interval, bootstrap_interval
+from dreambooth.statistics.intervals import Interval, bootstrap_interval
 from dreambooth.step_choice import StepScores
 
 ALWAYS = ("identity_fidelity", "image_fidelity", "prompt_alignment", "prompt_alignment_with_identifier", "drift", "diversity", "class_diversity")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dreambooth.adapters import Full, ParamGroup
+from dreambooth.adapters.methods import Full, ParamGroup
 from dreambooth.base.protocol import BaseModel
 from dreambooth.config import Config
 from dreambooth.errors import ConfigError

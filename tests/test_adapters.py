@@ -7,15 +7,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dreambooth.adapters import CrossAttentionKV, Full, Method, ParamGroup, describe_learning, let_learn, load_trainable_state, trainable_state
+from dreambooth.adapters.lora import Lora
+from dreambooth.adapters.methods import (
+    CrossAttentionKV,
+    Full,
+    Method,
+    ParamGroup,
+    describe_learning,
+    let_learn,
+    load_trainable_state,
+    trainable_state,
+)
+from dreambooth.adapters.peft_layers import adapter_layers
+from dreambooth.adapters.textual_inversion import PivotalTuning, TextualInversion
+from dreambooth.adapters.token_rows import TokenRows
 from dreambooth.base.stable_diffusion import StableDiffusion, StableDiffusionModel
 from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.lora import Lora
-from dreambooth.peft_layers import adapter_layers
 from dreambooth.recipes import LAB_METHODS, STABLE_DIFFUSION_METHODS
-from dreambooth.textual_inversion import PivotalTuning, TextualInversion
-from dreambooth.token_rows import TokenRows
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog"]
 VARIANTS = [(False, False), (True, False), (False, True), (True, True)]

@@ -11,7 +11,7 @@ from small_runs import make_photos, run
 from torch import nn
 
 from dreambooth import callbacks
-from dreambooth.adapters import trainable_state
+from dreambooth.adapters.methods import trainable_state
 from dreambooth.averaging import AveragedWeights
 from dreambooth.errors import ConfigError
 from dreambooth.runs import RunFolder

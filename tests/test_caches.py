@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dreambooth.adapters import trainable_state
+from dreambooth.adapters.methods import trainable_state
+from dreambooth.adapters.token_rows import open_own_rows
 from dreambooth.base.stable_diffusion import StableDiffusionModel
 from dreambooth.caches import Caches, DiskStore, MemoryStore, make_caches, module_digest, text_learns
 from dreambooth.config import Config, fingerprint, to_plain
 from dreambooth.data import DreamBoothData, ImageSet, pixels_digest
 from dreambooth.module import DreamBoothModule
 from dreambooth.photos import to_pixel_values, to_uint8
-from dreambooth.token_rows import open_own_rows
 
 ROOM = 10**7
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dreambooth.comparison import Comparison, compare_arms, to_markdown, to_table
-from dreambooth.statistics import bootstrap_interval, holm
+from dreambooth.statistics.comparison import Comparison, compare_arms, to_markdown, to_table
+from dreambooth.statistics.intervals import bootstrap_interval, holm
 
 NAN = math.nan
 

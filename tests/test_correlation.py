@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from dreambooth.correlation import _weighted, correlation
-from dreambooth.statistics import Interval
+from dreambooth.statistics.correlation import _weighted, correlation
+from dreambooth.statistics.intervals import Interval
 
 NAN = math.nan
 CLUSTERS = np.repeat(np.arange(8), 6)

@@ -12,8 +12,8 @@ from dreambooth.dashboard import online_report, publish, workspace
 from dreambooth.errors import UserError
 from dreambooth.metric_table import METRICS
 from dreambooth.mirror import final_summary
-from dreambooth.report import make_report
-from dreambooth.report_data import read_study
+from dreambooth.report.data import read_study
+from dreambooth.report.page import make_report
 
 ONLINE = Tracking(mode="online", entity="lab")
 

@@ -9,16 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreambooth.adapters import CrossAttentionKV, Full, Method, trainable_state
+from dreambooth.adapters.lora import Lora
+from dreambooth.adapters.methods import CrossAttentionKV, Full, Method, trainable_state
+from dreambooth.adapters.textual_inversion import PivotalTuning, TextualInversion
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.interop import export as exporting
 from dreambooth.interop.export import export, prediction
 from dreambooth.interop.lora import diffusers_lora, kohya_lora
-from dreambooth.lora import Lora
 from dreambooth.runs import Trained
-from dreambooth.textual_inversion import PivotalTuning, TextualInversion
 
 CONVS = ["to_q", "to_v", "proj_in", "conv1", "ff.net.0.proj"]
 

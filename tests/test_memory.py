@@ -11,7 +11,7 @@ import torch
 from tiny_pipelines import build_tokenizer, layout
 from torch import nn
 
-from dreambooth.adapters import ParamGroup
+from dreambooth.adapters.methods import ParamGroup
 from dreambooth.base.protocol import BaseModel
 from dreambooth.base.stable_diffusion import StableDiffusionModel
 from dreambooth.config import Config

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import train as script
-from dreambooth.adapters import let_learn, load_trainable_state, trainable_state
+from dreambooth.adapters.methods import let_learn, load_trainable_state, trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusionModel
 from dreambooth.config import Config
 from dreambooth.data import DreamBoothData, ImageSet

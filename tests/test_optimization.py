@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth.adapters import ParamGroup, let_learn
+from dreambooth.adapters.methods import ParamGroup, let_learn
 from dreambooth.errors import ConfigError
 from dreambooth.optimization import AdamW, AdamW8bit, Optimizer, Prodigy
 

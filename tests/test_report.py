@@ -14,12 +14,12 @@ from written_runs import SHOWN, STEPS, SUBJECTS, write_run
 from dreambooth.__main__ import main
 from dreambooth.config import Config
 from dreambooth.errors import UserError
-from dreambooth.report import Report, Section, render, write_report
-from dreambooth.report_data import axes, read_header, read_study
-from dreambooth.report_figures import TITLES, heat_maps, subject_differences
-from dreambooth.report_pictures import panels
-from dreambooth.report_record import cost_table
-from dreambooth.report_tables import Table, answer, caution, compare, course
+from dreambooth.report.data import axes, read_header, read_study
+from dreambooth.report.figures import TITLES, heat_maps, subject_differences
+from dreambooth.report.page import Report, Section, render, write_report
+from dreambooth.report.pictures import panels
+from dreambooth.report.record import cost_table
+from dreambooth.report.tables import Table, answer, caution, compare, course
 
 
 class Written(NamedTuple):

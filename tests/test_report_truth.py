@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreambooth.report import make_report
-from dreambooth.report_data import Study, read_study
-from dreambooth.report_truth import agreement, chosen_minus_last, truth_tables, way_closed
+from dreambooth.report.data import Study, read_study
+from dreambooth.report.page import make_report
+from dreambooth.report.truth import agreement, chosen_minus_last, truth_tables, way_closed
 
 BASE = {"cat": 0.0, "dog": 0.2, "vase": 0.4}  # identity fidelity of the un-tuned base, of true renders 0.8 for all
 BEST = {"cat": 0.4, "dog": 0.5, "vase": 0.8}  # 1/2, 1/2 and all of the way

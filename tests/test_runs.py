@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dreambooth import files, runs
-from dreambooth.adapters import trainable_state
+from dreambooth.adapters.methods import trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.errors import ConfigError, UserError

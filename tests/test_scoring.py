@@ -12,7 +12,7 @@ from dreambooth.encoders import LoadedEncoders, Pixels
 from dreambooth.evaluation import Item
 from dreambooth.metric_table import METRICS
 from dreambooth.scoring import pair_mean_pseudovalues, reference, references, score
-from dreambooth.statistics import bootstrap_interval
+from dreambooth.statistics.intervals import bootstrap_interval
 
 
 class Colors(LoadedEncoders):

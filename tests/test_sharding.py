@@ -8,7 +8,7 @@ import torch
 from small_runs import ROOT, SMALL, composed, cut, make_photos, run, typed, weights
 
 from dreambooth import ranks
-from dreambooth.adapters import Full, trainable_state
+from dreambooth.adapters.methods import Full, trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.errors import ConfigError
 from dreambooth.metrics_csv import MetricsFile

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm, permutation_test, t
 
-from dreambooth.statistics import (
+from dreambooth.statistics.intervals import (
     Interval,
     PermutationTest,
     bootstrap_interval,
@@ -98,7 +98,7 @@ def test_interval_depends_on_its_seed_alone() -> None:
 def test_interval_does_not_depend_on_how_the_draws_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=10)
     whole = bootstrap_interval(values)
-    monkeypatch.setattr("dreambooth.statistics.DRAWS_AT_ONCE", 70)
+    monkeypatch.setattr("dreambooth.statistics.intervals.DRAWS_AT_ONCE", 70)
     assert bootstrap_interval(values) == whole
 
 
@@ -258,7 +258,7 @@ def test_sign_flip_test_does_not_depend_on_which_arm_is_first() -> None:
 def test_sign_flip_test_with_drawn_patterns_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).normal(0.3, 1.0, size=12)
     exact = sign_flip_test(values)
-    monkeypatch.setattr("dreambooth.statistics.EXACT_UP_TO", 0)
+    monkeypatch.setattr("dreambooth.statistics.intervals.EXACT_UP_TO", 0)
     drawn = sign_flip_test(values)
     assert exact.exact and not drawn.exact and drawn.p == pytest.approx(exact.p, abs=0.015)  # three standard errors of 9999 draws
 

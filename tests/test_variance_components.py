@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dreambooth.variance_components import VarianceComponents, variance_components
+from dreambooth.statistics.variance_components import VarianceComponents, variance_components
 
 SHAPE = (6, 4, 5, 3)  # subjects, seeds, prompts, noises
 TRUE = VarianceComponents(subject=1.0, prompt=0.6, subject_prompt=0.4, seed=0.5, seed_prompt=0.3, noise=0.7, rest=0.2)

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dreambooth.adapters.token_rows import TokenRows
 from dreambooth.base.protocol import BaseModel
 from dreambooth.files import write_tensors
-from dreambooth.token_rows import TokenRows
 
 
 def embedding_name(rows: TokenRows, base: BaseModel, identifier: str) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dreambooth import randomness
-from dreambooth.adapters import trainable_state
+from dreambooth.adapters.methods import trainable_state
+from dreambooth.adapters.token_rows import token_rows
 from dreambooth.base.protocol import BaseModel, quiet
 from dreambooth.base.stable_diffusion import StableDiffusion
 from dreambooth.config import to_plain
@@ -18,7 +19,6 @@ from dreambooth.interop.embedding import embedding_name, embedding_state, save_e
 from dreambooth.interop.ldm import max_difference_after_reload, save_single_file
 from dreambooth.interop.lora import has_dora, has_lora, kohya_metadata, save_diffusers_lora, save_kohya_lora
 from dreambooth.runs import Trained
-from dreambooth.token_rows import token_rows
 
 LAYOUTS = ("model", "lora", "kohya", "embedding")
 MAX_NOISE, MAX_SHARE = 1e-5, 0.01  # of the output, and of what the adapter does to it: differences above both are a lost or a wrong tensor

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreambooth.adapters.peft_layers import ADAPTER, adapter_layers
 from dreambooth.base.protocol import BaseModel
 from dreambooth.files import write_tensors
-from dreambooth.peft_layers import ADAPTER, adapter_layers
 
 StateDict = dict[str, Tensor]
 

@@ -36,7 +36,7 @@ from dreambooth.lab.pretraining.data import HeldOut, held_out
 from dreambooth.lab.pretraining.denoiser import draw
 from dreambooth.lab.scorers import LabScorers
 from dreambooth.pixel_metrics import blur
-from dreambooth.statistics import Interval, bootstrap_interval, describe
+from dreambooth.statistics.intervals import Interval, bootstrap_interval, describe
 
 CONTROL_SIGMA = 1.0  # px, of the blurred control
 SUBJECTS, VIEWS = 12, 4  # held-out subjects of each class, and pictures of each

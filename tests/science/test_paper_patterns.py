@@ -17,7 +17,7 @@ from dreambooth.final_scores import run_reference
 from dreambooth.lab_truth import lab_truth
 from dreambooth.runs import RunFolder, read_run
 from dreambooth.scoring import score
-from dreambooth.statistics import Interval, paired_difference
+from dreambooth.statistics.intervals import Interval, paired_difference
 
 pytestmark = pytest.mark.science
 

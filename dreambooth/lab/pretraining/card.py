@@ -16,7 +16,7 @@ from dreambooth.lab.pretraining.tokenizer import save_tokenizer
 from dreambooth.lab.scorers import Layout
 from dreambooth.lab.splits import RARE_TOKENS, TRAINED_CLASSES, TRAINED_CONTEXTS
 from dreambooth.lab.world import WORLD_VERSION
-from dreambooth.statistics import Interval, describe
+from dreambooth.statistics.intervals import Interval, describe
 
 LIMIT_BYTES = 40_000_000  # of all weights: they are in the history of the repository for ever
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreambooth.evaluation import Item, final_plan, image_names, selection_plan
 from dreambooth.grids import image_grid
-from dreambooth.report_data import ScoredRun, Study
+from dreambooth.report.data import ScoredRun, Study
 
 LARGEST_PX = 256  # in the page; larger pictures are made smaller, small ones stay as they are
 MOST_STEPS, MOST_COLUMNS = 6, 6

@@ -5,11 +5,11 @@ import math
 
 import pandas as pd
 
-from dreambooth.correlation import correlation
 from dreambooth.metric_table import METRICS
-from dreambooth.report_data import Study
-from dreambooth.report_tables import Table, short, signed
-from dreambooth.statistics import Interval, hierarchical_interval
+from dreambooth.report.data import Study
+from dreambooth.report.tables import Table, short, signed
+from dreambooth.statistics.correlation import correlation
+from dreambooth.statistics.intervals import Interval, hierarchical_interval
 
 ORACLE = "ground_truth"  # reference row: true renders of the subject in the prompted places
 LEARNED, PLACE = "true_identity_margin", "true_context"  # what scores are held against

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreambooth.config import to_plain
-from dreambooth.report_data import ScoredRun, Study
-from dreambooth.report_tables import Table
+from dreambooth.report.data import ScoredRun, Study
+from dreambooth.report.tables import Table
 
 
 def cost_table(study: Study) -> Table:

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dreambooth.adapters import Full, Method, Names, ParamGroup
+from dreambooth.adapters.lora import Lora
+from dreambooth.adapters.methods import Full, Method, Names, ParamGroup
+from dreambooth.adapters.token_rows import open_new_tokens, open_own_rows
 from dreambooth.base.protocol import BaseModel
 from dreambooth.errors import ConfigError
-from dreambooth.lora import Lora
-from dreambooth.token_rows import open_new_tokens, open_own_rows
 
 REST = ("lora", "full")
 

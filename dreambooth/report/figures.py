@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dreambooth.comparison import Comparison
 from dreambooth.metric_table import METRICS, MetricInfo
-from dreambooth.report_data import Study, axes
-from dreambooth.report_tables import ANSWERING, Point
-from dreambooth.statistics import Interval, hierarchical_interval
+from dreambooth.report.data import Study, axes
+from dreambooth.report.tables import ANSWERING, Point
+from dreambooth.statistics.comparison import Comparison
+from dreambooth.statistics.intervals import Interval, hierarchical_interval
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")  # Okabe & Ito 2008: told apart by the colour-blind
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # so that colour is never the only sign

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreambooth.adapters.peft_layers import merge_adapters, remove_adapters
+from dreambooth.adapters.token_rows import merge_rows, open_own_rows, remove_rows
 from dreambooth.base.protocol import BaseModel
 from dreambooth.errors import ConfigError, UserError
-from dreambooth.peft_layers import merge_adapters, remove_adapters
-from dreambooth.token_rows import merge_rows, open_own_rows, remove_rows
 
 
 class ParamGroup(NamedTuple):

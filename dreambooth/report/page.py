@@ -1,4 +1,4 @@
-"""Run folders -> a report: one HTML page that needs nothing beside it, and Markdown with small pictures. See `report_data` for what is read."""
+"""Run folders -> a report: one HTML page that needs nothing beside it, and Markdown with small pictures. See `data` for what is read."""
 
 import io
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from dreambooth import __version__
 from dreambooth.errors import UserError
 from dreambooth.files import write_text, write_with
-from dreambooth.report_data import Study, read_study
-from dreambooth.report_figures import Plot, bars, heat_maps, paired_dots, trajectory
-from dreambooth.report_pictures import Panel, data_uri, panels, sheet
-from dreambooth.report_record import cost_table, left_out_table, reproducibility
-from dreambooth.report_tables import (
+from dreambooth.report.data import Study, read_study
+from dreambooth.report.figures import Plot, bars, heat_maps, paired_dots, trajectory
+from dreambooth.report.pictures import Panel, data_uri, panels, sheet
+from dreambooth.report.record import cost_table, left_out_table, reproducibility
+from dreambooth.report.tables import (
     ANSWERING,
     Table,
     answer,
@@ -22,7 +22,7 @@ from dreambooth.report_tables import (
     course_table,
     score_tables,
 )
-from dreambooth.report_truth import truth_tables
+from dreambooth.report.truth import truth_tables
 
 PICTURES = "report_figures"  # folder beside report.md
 

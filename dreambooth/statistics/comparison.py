@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from dreambooth.statistics import (
+from dreambooth.statistics.intervals import (
     FEWEST_UNITS,
     WEAKEST_P,
     Interval,

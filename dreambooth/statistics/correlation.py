@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dreambooth.statistics import DRAWS_AT_ONCE, FEWEST_UNITS, Interval, expanded_percentiles
+from dreambooth.statistics.intervals import DRAWS_AT_ONCE, FEWEST_UNITS, Interval, expanded_percentiles
 
 KINDS = ("spearman", "pearson")
 

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from dreambooth import randomness
-from dreambooth.adapters import Method, Names, ParamGroup, check_stop_step
+from dreambooth.adapters.methods import Method, Names, ParamGroup, check_stop_step
+from dreambooth.adapters.peft_layers import inject, unmatched
+from dreambooth.adapters.token_rows import open_own_rows
 from dreambooth.base.protocol import BaseModel
 from dreambooth.errors import ConfigError
-from dreambooth.peft_layers import inject, unmatched
-from dreambooth.token_rows import open_own_rows
 
 INITS = {"gaussian": "gaussian", "kaiming": True}  # our word -> peft's init_lora_weights; both start as the identity (B = 0)
 

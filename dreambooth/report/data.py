@@ -18,7 +18,7 @@ from dreambooth.metrics_csv import MetricsFile
 from dreambooth.recipes import resolve
 from dreambooth.runs import RunFolder, read_run
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 ONE_ARM = "these settings"  # the label of the only arm
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from dreambooth.combined_scores import REFERENCE_WORDS
-from dreambooth.comparison import ArmRow, Comparison, compare_arms
 from dreambooth.metric_table import METRICS, MetricInfo
-from dreambooth.report_data import Study
+from dreambooth.report.data import Study
 from dreambooth.scoring import pair_mean_pseudovalues
-from dreambooth.statistics import FEWEST_UNITS, Interval, bootstrap_interval, describe, hierarchical_interval
+from dreambooth.statistics.comparison import ArmRow, Comparison, compare_arms
+from dreambooth.statistics.intervals import FEWEST_UNITS, Interval, bootstrap_interval, describe, hierarchical_interval
 
 SHOWN_P = 0.05  # what the answer calls a difference that the test bears out
 ANSWERING = ("identity_fidelity", "prompt_alignment", "drift", "class_diversity")  # what was learned, and the paper's PRES and DIV
