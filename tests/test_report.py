@@ -218,7 +218,7 @@ def test_header_of_an_experiment_gives_the_question(written: Written) -> None:
     assert read_header("prior")["Question"].startswith("what does the prior-preservation loss keep")
     assert "What does the prior-preservation loss keep" in written.markdown.splitlines()[0]
     assert read_header("no such experiment") == {}
-    published = "Published: 15 subjects, Imagen: with / without it PRES 0.493 / 0.664"  # beside our own figures
+    published = "Published: 15 subjects, Imagen (Ruiz et al. 2023, table 3)"  # beside our own figures
     assert published in written.html and published in written.markdown
 
 

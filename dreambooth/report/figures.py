@@ -4,6 +4,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,6 +18,7 @@ from dreambooth.statistics.intervals import Interval, hierarchical_interval
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")  # Okabe & Ito 2008: told apart by the colour-blind
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # so that colour is never the only sign
 INK = "#1c1b1a"  # becomes the page's own text colour
+X, Y = "prompt_alignment", "identity_fidelity"  # of the course
 RATE = "optim.learning_rate"
 TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}
 STYLE = {"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 11}
@@ -34,31 +36,45 @@ class Plot(NamedTuple):
     png: bytes
 
 
-def trajectory(study: Study, points: Sequence[Point]) -> Plot | None:
-    """Returns the course of every arm in prompt alignment and identity fidelity, with intervals and the Pareto front; None without a course."""
-    x_key, y_key = "prompt_alignment", "identity_fidelity"
-    points = [point for point in points if {x_key, y_key} <= set(point.values)]
+def trajectories(study: Study, points: Sequence[Point]) -> list[Plot]:
+    """Returns the course of every arm in prompt alignment and identity fidelity, with the Pareto front, and the same closer; [] without one.
+
+    The second one leaves out the un-tuned base, which is far from the rest, and the intervals, which hide how close steps lie.
+    """
+    points = [point for point in points if {X, Y} <= set(point.values)]
     if not points:
-        return None
-
-    def draw(ax: Any) -> None:
-        for k, arm in enumerate(study.arms):
-            own = [point for point in points if point.arm == arm]
-            xs, ys = [[p.values[key].mean for p in own] for key in (x_key, y_key)]
-            ax.errorbar(
-                xs, ys, _whiskers([p.values[y_key] for p in own]), _whiskers([p.values[x_key] for p in own]), label=arm, elinewidth=0.8, **_look(k)
-            )
-            for p, x, y in zip(own, xs, ys, strict=True):
-                ax.annotate(str(p.step), (x, y), (4, 4), textcoords="offset points", fontsize=8, color=_look(k)["color"])
-        front = sorted((p.values[x_key].mean, p.values[y_key].mean) for p in points if p.on_front)
-        ax.plot(*zip(*front, strict=True), color=INK, lw=0.8, ls=":", marker="o", ms=11, mfc="none", label="Pareto front") if front else None
-        ax.set(xlabel="prompt alignment (right is better)", ylabel="identity fidelity (up is better)")
-        ax.locator_params(axis="x", nbins=5)  # narrow ranges have long numbers
-
-    front = [f"{p.arm} at step {p.step}" for p in points if p.on_front]
-    ends = [f"{p.arm}, step {p.step}: fidelity {p.values[y_key].mean:.2f}, alignment {p.values[x_key].mean:.2f}" for p in points]
+        return []
+    said = [f"{p.arm}, step {p.step}: fidelity {p.values[Y].mean:.2f}, alignment {p.values[X].mean:.2f}" for p in points]
+    front = f"Pareto front: {', '.join(f'{p.arm} at step {p.step}' for p in points if p.on_front)}."
     caption = "Numbers are steps; on the selection prompts. Whiskers: 95% intervals over subjects. Ringed: nothing else is better in both."
-    return _plot("trajectory", "Fidelity against alignment over steps", caption, f"{'; '.join(ends)}. Pareto front: {', '.join(front)}.", draw)
+    title = "Fidelity against alignment over steps"
+    plots = [_plot("trajectory", title, caption, f"{'; '.join(said)}. {front}", partial(_draw_trajectory, study, points, True))]
+    tuned = [point for point in points if point.step]
+    if tuned:
+        caption, title = (
+            "The same without the un-tuned base and whiskers; much finer axes: small differences look large.",
+            f"{title}, closer",
+        )
+        plots.append(_plot("trajectory_closer", title, caption, f"The tuned steps alone. {front}", partial(_draw_trajectory, study, tuned, False)))
+    return plots
+
+
+def _draw_trajectory(study: Study, points: Sequence[Point], has_whiskers: bool, ax: Any) -> None:
+    for k, arm in enumerate(study.arms):
+        own = [point for point in points if point.arm == arm]
+        xs, ys = [[p.values[key].mean for p in own] for key in (X, Y)]
+        if has_whiskers:
+            whiskers = [_whiskers([p.values[key] for p in own]) for key in (Y, X)]
+            ax.errorbar(xs, ys, *whiskers, fmt="none", ecolor=_look(k)["color"], elinewidth=0.8, alpha=0.4)
+        ax.plot(xs, ys, label=arm, **_look(k))
+        for p, x, y in zip(own, xs, ys, strict=True):
+            if not has_whiskers or p is own[0] or p is own[-1]:
+                ax.annotate(str(p.step), (x, y), (5, 5) if k % 2 else (5, -12), textcoords="offset points", fontsize=8, color=_look(k)["color"])
+    front = sorted((p.values[X].mean, p.values[Y].mean) for p in points if p.on_front)
+    ax.plot(*zip(*front, strict=True), color=INK, lw=0.8, ls=":", marker="o", ms=11, mfc="none", label="Pareto front") if front else None
+    ax.set(xlabel="prompt alignment (right is better)", ylabel="identity fidelity (up is better)")
+    ax.margins(0.1)
+    ax.locator_params(axis="x", nbins=5)  # narrow ranges have long numbers
 
 
 def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) -> Plot | None:

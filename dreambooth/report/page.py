@@ -9,8 +9,9 @@ from dreambooth import __version__
 from dreambooth.errors import UserError
 from dreambooth.files import write_text, write_with
 from dreambooth.report.data import Study, read_study
-from dreambooth.report.figures import Plot, bars, heat_maps, paired_dots, trajectory
+from dreambooth.report.figures import Plot, bars, heat_maps, paired_dots, trajectories
 from dreambooth.report.pictures import Panel, data_uri, panels, sheet
+from dreambooth.report.published import beside_the_paper
 from dreambooth.report.record import cost_table, left_out_table, reproducibility
 from dreambooth.report.tables import (
     ANSWERING,
@@ -79,10 +80,10 @@ def make_report(study: Study, seed: int = 0) -> Report:
     prior = [bars(study, best, "drift", "pres"), bars(study, best, "class_diversity", "div")]
     panel_of = {panel.name: panel for panel in panels(study, seed)}
     grids = [panel for name, panel in panel_of.items() if name.startswith("steps_")]
-    left_out = left_out_table(study)
+    left_out, published = left_out_table(study), beside_the_paper(study, best, last)
     sections = [
-        Section("Scores", [], [], tables[:2]),
-        Section("Over the steps of training", _there([trajectory(study, points)]) + heat_maps(study, points), [], [course_table(points)]),
+        Section("Scores", [], [], [*tables[:2], *([published] if published else [])]),
+        Section("Over the steps of training", trajectories(study, points) + heat_maps(study, points), [], [course_table(points)]),
         Section("Pictures on the way", [], grids, []),
         Section("The prior: PRES and DIV", _there(prior), _there([panel_of.get("class_drift")]), []),
         Section("Subject by subject", _there([paired_dots(study, key) for key in ANSWERING]), [], [tables[-1]]),
