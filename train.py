@@ -32,6 +32,7 @@ from dreambooth.runs import RunFolder, claimed_run, read_run
 from dreambooth.samplers import check_sampler
 from dreambooth.subject_photos import SubjectPhotos, prepared, read_subject_photos, save_photos
 from dreambooth.summary import summarize
+from dreambooth.taken_over import take_over
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -54,12 +55,18 @@ def train(config: Config) -> RunFolder:
     own_bank = read_user_bank(config)
     require_writable(config.output_dir)
     base_digest = config.base.digest()
-    with claimed_run(config, base=base_digest, photos=photos.digest, class_images=bank_digest(config, base_digest, own_bank)) as run:
+    digests = {"base": base_digest, "photos": photos.digest, "class_images": bank_digest(config, base_digest, own_bank)}
+    taken = take_over(config, **digests)  # from another experiment that has trained the very same
+    with claimed_run(config, **digests) as run:
         sweeps.working_in(run.path, done_before=run.status == "done")
         for line in photos.warnings + (own_bank.warnings if own_bank else []):
             print(f"warning: {line}")
         if run.status == "done":
-            print(f"done before: {run.path} (delete the folder to train again)")
+            print(f"done before: {run.path} ({f'taken from {taken}' if taken else 'delete the folder to train again'})")
+            if "taken_from" in run.record:
+                from dreambooth.mirror import mirror_taken
+
+                mirror_taken(config, run)
             return run
         try:
             task = {"config": to_plain(config), "run": str(run.path), "base_digest": base_digest}
@@ -155,7 +162,7 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
             return
         scores = evaluate_run(run, config, progress=cli.progress)
     choice = selection.choice()
-    mirror_scores(trainer, run, scores)
+    mirror_scores(trainer.loggers, run, scores)
     run.finish("done", best_step=choice.step, best_step_reason=choice.reason, steps=trainer.global_step)
     print(summarize(run, scores, choice.reason, selection.rows))
 

@@ -1,13 +1,14 @@
 """The Weights & Biases mirror of a run: what the run folder holds, shown there as well. Never a source: nothing is read back from it."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import pytorch_lightning as pl
 
 from dreambooth.config import Config, Tracking, to_plain
 from dreambooth.errors import UserError
 from dreambooth.metric_table import METRICS
+from dreambooth.metrics_csv import MetricsFile
 from dreambooth.runs import RunFolder
 
 
@@ -51,9 +52,28 @@ def wandb_logger(config: Config, run: RunFolder) -> list[Any]:
     return [WandbLogger(experiment=started)]
 
 
-def mirror_scores(trainer: pl.Trainer, run: RunFolder, scores: dict[str, Any]) -> None:
+def mirror_taken(config: Config, run: RunFolder) -> None:
+    """Shows a run that was trained in another group in this one's too, from what its folder holds; nothing if it is shown already.
+
+    Args:
+        config: resolved, of this group.
+        run: done, and taken over.
+    """
+    if (run.path / "wandb").exists():
+        return
+    for logger in wandb_logger(config, run):
+        for row in MetricsFile(run.path / "metrics.csv").read():
+            step, values = int(row.pop("step")), {key: float(text) for key, text in row.items() if text}
+            logger.log_metrics(values, step - any(key.startswith("train/") for key in values))  # Lightning counts a step's losses from 0
+            grid = run.path / "samples" / f"step-{step:06d}.png"
+            if "score/evaluated" in values and grid.is_file():
+                logger.log_image("samples/selection", [str(grid)], step=step)
+        mirror_scores([logger], run, json.loads((run.path / "scores.json").read_text(encoding="utf-8")))
+
+
+def mirror_scores(loggers: Iterable[Any], run: RunFolder, scores: dict[str, Any]) -> None:
     """Sends the final scores, as a table and as scalars for charts and filters, and the grid."""
-    for logger in trainer.loggers:
+    for logger in loggers:
         if hasattr(logger, "log_table"):
             columns = sorted({key for row in scores["rows"] for key in row if not key.endswith("_interval")})
             logger.log_table("final/scores", columns=columns, data=[[row.get(key) for key in columns] for row in scores["rows"]])

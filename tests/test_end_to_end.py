@@ -1,12 +1,14 @@
 """The main job on the lab, a few steps long: what lies in the run folder, and all that takes it up afterwards."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import wandb
 from PIL import Image
 from safetensors.torch import load_file
 from small_runs import composed, make_photos, run, typed, weights
@@ -29,8 +31,6 @@ LAB = ("trainer.max_steps=4", "trainer.eval_every=2", "wandb.mode=offline")
 def done(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run on the built-in base and subject."""
     folder = run(*LAB, f"output_dir={tmp_path_factory.mktemp('lab')}")
-    import wandb
-
     wandb.finish()  # as train.py does after each job
     return folder
 
@@ -86,6 +86,30 @@ def test_evaluations_draw_with_the_same_noise_at_every_step(done: RunFolder) -> 
 def test_grid_shows_the_photos_and_every_arm(done: RunFolder) -> None:
     with Image.open(done.path / "samples" / "final_grid.png") as grid:
         assert grid.width > 900 and grid.height > 400
+
+
+def test_another_experiment_takes_a_run_that_is_done(done: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = run(*LAB, f"output_dir={done.path.parents[1]}", "group=other")
+    assert f"done before: {taken.path} (taken from {done.path})" in capsys.readouterr().out
+    assert taken.path == done.path.parents[1] / "other" / done.path.name and taken.config.group == "other"
+    assert (taken.path / "scores.json").read_bytes() == (done.path / "scores.json").read_bytes()
+    wandb.finish()
+    own, shown = (read_offline_run(path) for path in (done.path, taken.path))
+    assert (shown["group"], shown["name"]) == ("other", own["name"])
+    assert _scalars(shown) == _scalars(own) and len(_scalars(own)) > 20
+    keys = {key for row in shown["history"] for key in row}
+    assert {"samples/selection.count", "final/grid.count"} <= keys and any(key.startswith("final/scores.") for key in keys)
+    shutil.rmtree(taken.path.parent)
+
+
+def _scalars(mirror: dict) -> dict[tuple[int, str], float]:
+    """Returns what a W&B run holds by step and name, without Lightning's own numbers and what is not finite."""
+    return {
+        (row["trainer/global_step"], key): row[key]
+        for row in mirror["history"]
+        for key in row
+        if key.startswith(("train/", "score/")) and isinstance(row[key], float) and np.isfinite(row[key])
+    }
 
 
 def test_wandb_mirror_holds_scalars_config_group_grids_and_table(done: RunFolder) -> None:
