@@ -45,6 +45,15 @@ def test_chosen_step_is_held_against_the_last_one_picture_by_picture(study: Stud
     assert chosen_minus_last(study, study.baseline, "true_identity").mean == pytest.approx(0.1)
 
 
+def test_what_the_choice_gives_identity_for_stands_beside_it(study: Study) -> None:
+    """The class pictures of the last step are made to look 0.25 more like the subject than those of the chosen one."""
+    of_class = study.images.kind == "class"
+    worse = study.images.identity + np.where(of_class & (study.images.arm == "final"), 0.25, 0)
+    table = next(table for table in truth_tables(study._replace(images=study.images.assign(identity=worse))) if "chosen" in table.title)
+    assert table.header[4:6] == ["Drift of the class", "Diversity of the class"]
+    assert all(row[4].startswith("-0.250 ") for row in table.rows)
+
+
 def test_score_that_follows_the_truth_agrees_with_it_and_one_that_runs_against_it_does_not(study: Study) -> None:
     images = study.images[study.images.kind == "subject"]
     assert agreement(images.assign(same=images.true_identity_margin * 2 + 1), "same", "true_identity_margin").mean == pytest.approx(1)

@@ -40,15 +40,16 @@ def way_closed(study: Study, arm: str, step: str = "best") -> Interval:
     return hierarchical_interval(values, subjects, seeds)
 
 
-def chosen_minus_last(study: Study, arm: str, column: str) -> Interval:
+def chosen_minus_last(study: Study, arm: str, column: str, kind: str = "subject") -> Interval:
     """Returns the score of the chosen step minus that of the last one, picture by picture, over subjects and their seeds.
 
     Args:
         study: of the lab.
         arm: one of its arms.
         column: of the table of images.
+        kind: of the pictures: "subject" or "class".
     """
-    rows = study.images[(study.images.label == arm) & (study.images.kind == "subject")]
+    rows = study.images[(study.images.label == arm) & (study.images.kind == kind)]
     keys = ["subject", "seed", "template", "k"]
     both = rows[rows.arm == "best"].merge(rows[rows.arm == "final"], on=keys, suffixes=("_best", "_final"))
     return hierarchical_interval(both[f"{column}_best"] - both[f"{column}_final"], both.subject, both.seed)
@@ -82,9 +83,18 @@ def _way(study: Study) -> Table:
 
 def _choice(study: Study) -> Table:
     columns = ("true_identity", LEARNED, PLACE)
-    rows = [[arm, *(signed(chosen_minus_last(study, arm, column)) for column in columns), _steps(study, arm)] for arm in study.arms]
-    note = "The chosen step minus the last one, picture by picture; the choice saw other prompts, and none of these scores."
-    return Table("Was the step chosen well?", note, ["", *(TITLES[column] for column in columns), "chosen of"], rows)
+    of_class = [info for info in METRICS if info.key in ("drift", "class_diversity")]
+    rows = []
+    for arm in study.arms:
+        truths = [chosen_minus_last(study, arm, column) for column in columns]
+        bought = [chosen_minus_last(study, arm, info.column, info.kind) for info in of_class]
+        rows.append([arm, *map(signed, truths + bought), _steps(study, arm)])
+    note = (
+        "The chosen step minus the last one, picture by picture, on prompts that the choice did not see. The first three are the truth, which it"
+        " did not see either; the last two are what it may give identity for (drift down, diversity up)."
+    )
+    titles = [*(TITLES[column] for column in columns), *(info.title for info in of_class)]
+    return Table("Was the step chosen well?", note, ["", *titles, "chosen of"], rows)
 
 
 def _steps(study: Study, arm: str) -> str:
