@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from dreambooth.config import NOT_SCIENCE, Config, to_plain
+from dreambooth.arms import settings_that_differ
+from dreambooth.config import Config, to_plain
 from dreambooth.dreambench import PROMPT_KINDS
 from dreambooth.errors import UserError
 from dreambooth.files import write_json, write_text, write_with
@@ -25,8 +26,6 @@ REFERENCE_WORDS = {
     "copy_baseline": "copies of the photos",
     "ground_truth": "true renders",
 }
-OF_THE_SUBJECT = ("subject.name", "subject.class_noun", "subject.lab_seed", "data.subject_dir", "data.dreambench", "evaluation.final_prompts")
-NO_SETTING = (*NOT_SCIENCE, "seed", "data.subject_dir", "data.dreambench", "subject.name", "trainer.accelerator")
 
 
 class Evaluated(NamedTuple):
@@ -87,22 +86,6 @@ def combine(evaluated: Sequence[Evaluated], left_out: Sequence[str], output: Pat
     write_json(output / "scores.json", result)
     write_text(output / "table.md", table + "\n")
     return result, table
-
-
-def settings_that_differ(runs: Sequence[tuple[str, Config]]) -> list[str]:
-    """Returns what sets each run apart from the others but subject and seed: "prior=none", "optim.learning_rate=0.0001", or "".
-
-    What belongs to a subject (its class noun, its prompts) counts only if it differs between runs of one subject.
-
-    Args:
-        runs: the subject's label and the resolved config of each.
-    """
-    flat = [_flat(to_plain(config)) for _, config in runs]
-    varied = {key for key in _keys(flat) if key not in OF_THE_SUBJECT and not _ignored(key) and _differs(flat, key)}
-    for label in dict.fromkeys(label for label, _ in runs):
-        own = [plain for plain, (subject, _) in zip(flat, runs, strict=True) if subject == label]
-        varied |= {key for key in _keys(own) if not _ignored(key) and _differs(own, key)}
-    return [", ".join(f"{key.removesuffix('.name')}={plain[key]}" for key in sorted(varied) if key in plain) for plain in flat]
 
 
 def _images(evaluated: Sequence[Evaluated]) -> pd.DataFrame:
@@ -241,23 +224,3 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if value is None or value != value:
         return "-"
     return describe(Interval(value, **interval), 3) if interval else f"{value:.3f}"
-
-
-def _flat(plain: dict[str, Any], above: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in plain.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": str(value)}
-    return found
-
-
-def _keys(flat: Sequence[dict[str, str]]) -> set[str]:
-    return {key for plain in flat for key in plain}
-
-
-def _differs(flat: Sequence[dict[str, str]], key: str) -> bool:
-    """Tells whether runs that have a setting have it differently; one that a choice lacks is told by the choice's name."""
-    return len({plain[key] for plain in flat if key in plain}) > 1
-
-
-def _ignored(key: str) -> bool:
-    return any(key == other or key.startswith(f"{other}.") for other in NO_SETTING)

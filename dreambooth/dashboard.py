@@ -11,10 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from dreambooth.arms import axes
 from dreambooth.config import CHOICES, Tracking
 from dreambooth.errors import UserError
 from dreambooth.mirror import wandb_run
-from dreambooth.report.data import Study, axes
+from dreambooth.report.data import Study
 from dreambooth.report.figures import TITLES
 from dreambooth.report.page import Report, make_report, markdown_cell, render
 from dreambooth.report.pictures import sheet

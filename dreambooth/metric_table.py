@@ -14,6 +14,8 @@ class MetricInfo(NamedTuple):
     worse: str = ""  # what a change to the worse means
     column: str = ""  # of the table of images, whose mean over prompts (or class images) the score is
     kind: str = "subject"  # the images that it looks at: "subject", "class" or "other"
+    ahead: str = ""  # better than another trained arm, where `better` speaks of the un-tuned base
+    behind: str = ""  # worse than another trained arm, where `worse` speaks of the un-tuned base
     is_headline: bool = True  # shown in a summary; the others are further readings of the same thing
 
 
@@ -26,6 +28,8 @@ METRICS = (
         "the subject was learned",
         "further from the subject than the un-tuned base",
         "identity",
+        ahead="more like the subject",
+        behind="less like the subject",
     ),
     MetricInfo(
         "image_fidelity",
@@ -43,6 +47,7 @@ METRICS = (
         "the subject itself was learned",
         "the subject itself is less like the photos",
         "masked_identity",
+        ahead="the subject itself is more like the photos",
     ),
     MetricInfo(
         "prompt_alignment",
@@ -114,6 +119,7 @@ METRICS = (
         "the subject itself is drawn",
         "further from the subject itself",
         "true_identity",
+        ahead="nearer to the subject itself",
     ),
     MetricInfo(
         "true_identity_margin",
@@ -140,6 +146,8 @@ METRICS = (
         worse="other classes have changed",
         column="other_class_drift",
         kind="other",
+        ahead="other classes have changed less",
+        behind="other classes have changed more",
     ),
     MetricInfo(
         "other_class_color_drift",
@@ -149,5 +157,7 @@ METRICS = (
         worse="other classes have changed their colours",
         column="other_class_color_drift",
         kind="other",
+        ahead="other classes have kept more of their colours",
+        behind="other classes have kept less of their colours",
     ),
 )

@@ -5,12 +5,15 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+from small_runs import composed
 
-from dreambooth.combined_scores import BASE, _by_prompt_kind, _compared, _one_base, require_one_evaluator, settings_that_differ
+from dreambooth.arms import settings_that_differ
+from dreambooth.combined_scores import BASE, _by_prompt_kind, _compared, _one_base, require_one_evaluator
 from dreambooth.config import Config
 from dreambooth.encoders import LabEncoders
 from dreambooth.errors import UserError
 from dreambooth.metric_table import METRICS
+from dreambooth.recipes import resolve, settle_steps
 
 IDENTITY = next(info for info in METRICS if info.key == "identity_fidelity")
 
@@ -45,6 +48,28 @@ def test_settings_name_a_number_only_where_a_choice_has_it(make_config: Callable
     changes = ({"prior.name": "none"}, {"prior.weight": 0.5}, {"prior.weight": 1.0})
     found = settings_that_differ([("a", make_config({"prior.name": "class_images"} | change)) for change in changes])
     assert found == ["prior=none", "prior=class_images, prior.weight=0.5", "prior=class_images, prior.weight=1.0"]
+
+
+def test_settings_that_follow_from_a_choice_by_the_recipe_are_no_settings(resolved: Callable[..., Config]) -> None:
+    """Each method has learning rates of its own; so has an arm that asks for another one."""
+    methods = [("a", resolved(f"method={name}")) for name in ("full", "lora", "cross_attention_kv")]
+    assert len({config.optim.learning_rate for _, config in methods}) == 3
+    assert settings_that_differ(methods) == ["method=full", "method=lora", "method=cross_attention_kv"]
+    asked = ("a", resolved("method=lora", "optim.learning_rate=1e-3"))
+    assert settings_that_differ([*methods, asked])[1::2] == [
+        "method=lora, optim.learning_rate=0.008", "method=lora, optim.learning_rate=0.001",
+    ]  # fmt: skip
+
+
+def test_setting_that_equals_the_recipe_counts_where_another_arm_differs(resolved: Callable[..., Config]) -> None:
+    runs = [("a", resolved(f"optim.learning_rate={rate}")) for rate in (4e-4, 1e-4)]
+    assert settings_that_differ(runs) == ["optim.learning_rate=0.0004", "optim.learning_rate=0.0001"]
+
+
+@pytest.fixture
+def resolved() -> Callable[..., Config]:
+    """Gives `resolved("method=lora")`: the config that train.py works with, on the lab."""
+    return lambda *words: settle_steps(resolve(composed(*words)), 5)
 
 
 def test_class_noun_is_a_setting_where_one_subject_has_two(make_config: Callable[..., Config]) -> None:

@@ -12,9 +12,10 @@ import pytest
 from written_runs import SHOWN, STEPS, SUBJECTS, write_run
 
 from dreambooth.__main__ import main
+from dreambooth.arms import axes
 from dreambooth.config import Config
 from dreambooth.errors import UserError
-from dreambooth.report.data import axes, read_header, read_study
+from dreambooth.report.data import read_header, read_study
 from dreambooth.report.figures import TITLES, heat_maps, subject_differences
 from dreambooth.report.page import Report, Section, render, write_report
 from dreambooth.report.pictures import panels
@@ -250,3 +251,10 @@ def test_two_subjects_are_said_to_be_too_few(prior_group: Path) -> None:
     study = read_study(sorted(path for path in prior_group.iterdir() if "vase" not in path.name))
     assert "Too few subjects (2)" in caution(study)
     assert compare(study)["identity_fidelity"].rows[1].difference.unit == "prompt"
+
+
+def test_answer_about_two_arms_does_not_speak_of_the_untuned_base(write_group: Callable[..., Path]) -> None:
+    study = read_study([write_group([({"optim.learning_rate": 3e-4}, 0.5, 0.1), ({"optim.learning_rate": 7e-5}, 0.2, 0.1)])])
+    assert "identity fidelity -0.300 (-0.300 to -0.300), less like the subject" in answer(study, compare(study))[0]
+    alone = study._replace(arms=study.arms[:1], runs=study.of_arm(study.baseline), images=study.images[study.images.label == study.baseline])
+    assert "the subject was learned" in " ".join(answer(alone, compare(alone)))

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from dreambooth.combined_scores import ARM_WORDS, BASE, settings_that_differ
-from dreambooth.config import Config, from_plain, to_plain
+from dreambooth.arms import axes, recipe_settings, settings_that_differ
+from dreambooth.combined_scores import ARM_WORDS, BASE
+from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.final_scores import subject_label
 from dreambooth.metrics_csv import MetricsFile
-from dreambooth.recipes import resolve
 from dreambooth.runs import RunFolder, read_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -123,12 +123,6 @@ def read_study(folders: Sequence[str | Path], baseline: str | None = None) -> St
     return Study(header, groups, order, first, reason, sorted(runs, key=lambda run: order.index(run.arm)), left_out, _images(runs, order))
 
 
-def axes(arm: str) -> dict[str, str]:
-    """Returns the settings in an arm's name: "prior=none, optim.learning_rate=0.0001" -> two entries."""
-    parts = re.split(r", (?=[a-z_]+(?:\.[a-z_]+)*=)", arm) if "=" in arm else []
-    return dict(part.split("=", 1) for part in parts)
-
-
 def read_header(group: str) -> dict[str, str]:
     """Returns the header of an experiment's YAML by its words (Question, Command, Expected ...); {} if there is no such experiment."""
     path = CONF / "experiment" / f"{group}.yaml"
@@ -212,25 +206,11 @@ def _baseline(runs: Sequence[ScoredRun], arms: Sequence[str], asked: str | None)
 
 def _recipe(config: Config) -> dict[str, str]:
     """Returns the settings that this base and subject get when nothing is asked for, as text by dotted name; {} where that cannot be told."""
-    plain, train = to_plain(config), CONF / "train.yaml"
+    train = CONF / "train.yaml"
     if not train.is_file():
         return {}
-    defaults = {
-        key: name for entry in OmegaConf.to_container(OmegaConf.load(train))["defaults"] if isinstance(entry, dict) for key, name in entry.items()
-    }
-    choices = {group: {"name": defaults[group]} for group in ("prior", "method", "objective", "optim", "encoders")}
-    kept = {"base": plain["base"], "subject": plain["subject"], "data": {"subject_dir": plain["data"]["subject_dir"]}}
-    try:
-        return _flat(to_plain(resolve(from_plain(kept | choices, "the recipe"))))
-    except UserError:
-        return {}
-
-
-def _flat(plain: dict[str, Any], above: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in plain.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": str(value)}
-    return found
+    entries = OmegaConf.to_container(OmegaConf.load(train))["defaults"]
+    return recipe_settings(config, {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()})
 
 
 def _images(runs: Sequence[ScoredRun], order: Sequence[str]) -> pd.DataFrame:

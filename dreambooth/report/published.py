@@ -7,9 +7,10 @@ named by the value of its setting, as on the command line.
 import math
 from typing import NamedTuple
 
+from dreambooth.arms import axes
 from dreambooth.errors import UserError
 from dreambooth.metric_table import METRICS
-from dreambooth.report.data import Study, axes
+from dreambooth.report.data import Study
 from dreambooth.report.tables import STEP_WORDS, Table, is_told, signed
 from dreambooth.statistics.comparison import Comparison
 from dreambooth.statistics.intervals import Interval

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from dreambooth.combined_scores import REFERENCE_WORDS
+from dreambooth.combined_scores import BASE, REFERENCE_WORDS
 from dreambooth.metric_table import METRICS, MetricInfo
 from dreambooth.report.data import Study
 from dreambooth.scoring import pair_mean_pseudovalues
@@ -64,7 +64,7 @@ def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
         for info in known:
             row = next((row for row in comparisons[info.key].rows if row.arm == arm), None)
             if row is not None:
-                (told if is_told(row.difference) else untold).append(f"{_lower(info.title)} {_in_words(row, info)}")
+                (told if is_told(row.difference) else untold).append(f"{_lower(info.title)} {_in_words(row, info, study.has_arms)}")
         where, over = f" at the {STEP_WORDS['best']}" if study.has_arms else "", _over(known, comparisons, arm)
         parts = ["; ".join(told)] if told else []
         parts += [f"it cannot be told whether anything changed in {'; '.join(untold)}"] if untold else []
@@ -86,8 +86,14 @@ def is_told(difference: Interval | None) -> bool:
     return difference is not None and difference.low is not None and not difference.low <= 0 <= difference.high
 
 
-def verdict(row: ArmRow, info: MetricInfo) -> str:
-    """Returns what a difference to the baseline says, in words: better, worse, or that it cannot be told."""
+def verdict(row: ArmRow, info: MetricInfo, is_arm: bool) -> str:
+    """Returns what a difference to the baseline says, in words: better, worse, or that it cannot be told.
+
+    Args:
+        row: with its difference.
+        info: of the score.
+        is_arm: the baseline is an arm, not the un-tuned base.
+    """
     d = row.difference
     if d is None:
         return "baseline"
@@ -96,7 +102,10 @@ def verdict(row: ArmRow, info: MetricInfo) -> str:
     if not is_told(d):
         return "cannot be told"
     is_better = (d.mean > 0) == (info.direction == "up")
-    words = (info.better if is_better else info.worse) or ("better" if is_better else "worse")
+    words = info.better if is_better else info.worse
+    if is_arm:
+        words = (info.ahead if is_better else info.behind) or words
+    words = words or ("better" if is_better else "worse")
     return f"{words}, {BY_INTERVAL}" if row.holm_p > SHOWN_P else words
 
 
@@ -176,7 +185,7 @@ def _differences(title: str, comparisons: dict[str, Comparison]) -> Table:
         sentence, baseline = sentence or comparison.sentence, comparison.baseline
         for row in comparison.rows[1:]:
             p = [_p(row.test.p), _p(row.holm_p)] if row.test else ["", ""]
-            rows.append([info.title, row.arm, signed(row.difference), *p, verdict(row, info)])
+            rows.append([info.title, row.arm, signed(row.difference), *p, verdict(row, info, baseline != BASE)])
     note = f"{sentence} {BY_INTERVAL_WORDS}" if any(BY_INTERVAL in cell for row in rows for cell in row) else sentence
     return Table(f"{title}, each minus {baseline}", note, ["score", "arm", "difference", "p", "p (Holm)", "in words"], rows)
 
@@ -223,12 +232,12 @@ def _macro(rows: pd.DataFrame, column: str) -> str:
     return short(hierarchical_interval(rows[column], rows.subject, rows.seed.fillna(-1)))
 
 
-def _in_words(row: ArmRow, info: MetricInfo) -> str:
+def _in_words(row: ArmRow, info: MetricInfo, is_arm: bool) -> str:
     d = row.difference
     if d.low is None:
         return f"{d.mean:+.3f} (no interval, {d.n} {d.unit}{'' if d.n == 1 else 's'})"
     words = f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
-    return f"{words}, {verdict(row, info)}" if is_told(d) else words
+    return f"{words}, {verdict(row, info, is_arm)}" if is_told(d) else words
 
 
 def _over(known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arm: str) -> str:
