@@ -10,6 +10,7 @@ from dreambooth.recipes import resolve
 
 OF_THE_SUBJECT = ("subject.name", "subject.class_noun", "subject.lab_seed", "data.subject_dir", "data.dreambench", "evaluation.final_prompts")
 NO_SETTING = (*NOT_SCIENCE, "seed", "data.subject_dir", "data.dreambench", "subject.name", "trainer.accelerator")
+NOTHING = "''"  # an empty text in the name of an arm, as it is typed
 CHOSEN = tuple(f"{group}.name" for group, kinds in CHOICES.items() if len(kinds) > 1)  # what the user chooses by a word
 
 
@@ -32,7 +33,7 @@ def settings_that_differ(runs: Sequence[tuple[str, Config]]) -> list[str]:
             recipe_settings(config, {group: plain.get(f"{group}.name") for group in CHOICES}) for (_, config), plain in zip(runs, flat, strict=True)
         ]
         varied -= {key for key in varied - {*CHOSEN} if all(recipe.get(key) == plain.get(key) for recipe, plain in zip(recipes, flat, strict=True))}
-    return [", ".join(f"{key.removesuffix('.name')}={plain[key]}" for key in sorted(varied) if key in plain) for plain in flat]
+    return [", ".join(f"{key.removesuffix('.name')}={plain[key] or NOTHING}" for key in sorted(varied) if key in plain) for plain in flat]
 
 
 def axes(arm: str) -> dict[str, str]:

@@ -72,6 +72,11 @@ def resolved() -> Callable[..., Config]:
     return lambda *words: settle_steps(resolve(composed(*words)), 5)
 
 
+def test_empty_text_is_a_setting_that_can_be_seen(make_config: Callable[..., Config]) -> None:
+    runs = [("a", make_config({"subject.name": "a", "subject.prompt_noun": noun})) for noun in (None, "")]
+    assert settings_that_differ(runs) == ["subject.prompt_noun=None", "subject.prompt_noun=''"]
+
+
 def test_class_noun_is_a_setting_where_one_subject_has_two(make_config: Callable[..., Config]) -> None:
     runs = [("a", make_config({"subject.name": "a", "subject.class_noun": noun})) for noun in ("dog", "animal")]
     assert settings_that_differ(runs) == ["subject.class_noun=dog", "subject.class_noun=animal"]

@@ -47,7 +47,7 @@ class LeftOut(NamedTuple):
 class Study(NamedTuple):
     """All that a report is made from."""
 
-    header: dict[str, str]  # of the experiment's YAML: Question, Command, Time, Expected, Paper, Figures; {} where the runs belong to none
+    header: dict[str, str]  # of the experiment's YAML: Question, Command, Time, Arms, Expected, Paper, Figures; {} where the runs belong to none
     groups: list[str]
     arms: list[str]  # the baseline first
     baseline: str  # the arm that the others are held against

@@ -16,7 +16,7 @@ from dreambooth.statistics.comparison import Comparison
 from dreambooth.statistics.intervals import Interval
 
 HEADER_WORD = "Figures"
-AS_WRITTEN = {"null": "None", "''": "", '""': ""}  # on the command line -> in the name of an arm
+AS_WRITTEN = {"null": "None"}  # on the command line -> in the name of an arm
 SAME, OTHER, UNTOLD = "the same way", "the other way", "cannot be told here"
 
 
