@@ -1,5 +1,6 @@
 """The report: what tells arms apart, what the answer rests on, what is shown of failures, and that every picture can be read aloud."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 from written_runs import SHOWN, STEPS, SUBJECTS, write_run
 
 from dreambooth.__main__ import main
@@ -244,7 +247,27 @@ def test_heat_maps_come_with_a_learning_rate_axis(write_group: Callable[..., Pat
 
 
 def test_costs_are_means_over_the_runs_of_an_arm(prior_group: Path) -> None:
-    assert cost_table(read_study([prior_group])).rows[0][:5] == ["prior=class_images", "6", "60.00 s", "90.00 s", "2.00 GB"]
+    table = cost_table(read_study([prior_group]))
+    assert table.header == ["arm", "runs", "training", "whole run", "peak memory"]  # no column of what nobody knows
+    assert table.rows[0] == ["prior=class_images", "6", "60.00 s", "90.00 s", "2.00 GB"]
+
+
+def test_costs_tell_what_learned_and_how_fast(prior_group: Path) -> None:
+    for path in prior_group.glob("*/run.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 30}))
+        (path.parent / "checkpoints").mkdir()
+        save_file({"a": torch.zeros(20, 50), "b": torch.zeros(7)}, path.parent / "checkpoints" / "best.safetensors")
+    size = path.parent.joinpath("checkpoints", "best.safetensors").stat().st_size
+    row = dict(zip(*(lambda table: (table.header, table.rows[0]))(cost_table(read_study([prior_group]))), strict=True))
+    assert (row["learned parameters"], row["steps a second"], row["file"]) == ("1,007", "0.50", f"{size / 1000:.2f} kB")
+
+
+def test_base_is_one_row_for_all_arms_that_drew_the_same(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    assert set(study.base.label) == {"un-tuned base"}
+    three = study._replace(arms=[*study.arms, "other"], images=pd.concat([study.images, study.images.assign(label="other")]))
+    moved = three.images.assign(identity=three.images.identity + 0.1 * (three.images.label == "other"))
+    assert set(three._replace(images=moved).base.label) == {"un-tuned base of prior=class_images, prior=none", "un-tuned base of other"}
 
 
 def test_two_subjects_are_said_to_be_too_few(prior_group: Path) -> None:

@@ -83,12 +83,24 @@ class Study(NamedTuple):
 
     @property
     def base(self) -> pd.DataFrame:
-        """The images of the un-tuned base, once where all runs drew the same; else by arm, as then a setting concerns the drawing."""
+        """The images of the un-tuned base, once where all arms drew the same; else once for each kind of drawing, as a setting concerns it."""
         base = self.images[self.images.arm == "base"]
         what = ["subject", "kind", "template", "k"]
-        if (base.groupby(what)[["identity", "alignment"]].nunique() <= 1).all(axis=None):
+        alike: list[list[str]] = []  # arms whose bases drew the same
+        for arm in self.arms:
+            same = next((ones for ones in alike if _draw_alike(base[base.label.isin([*ones, arm])], what)), None)
+            if same is None:
+                alike.append([arm])
+            else:
+                same.append(arm)
+        if len(alike) == 1:
             return base.drop_duplicates(what).assign(label=BASE, seed=np.nan)
-        return base.drop_duplicates([*what, "label"]).assign(label=lambda rows: rows.label + ": " + BASE, seed=np.nan)
+        names = {arm: f"{BASE} of {', '.join(ones)}" for ones in alike for arm in ones}
+        return base.assign(label=base.label.map(names)).drop_duplicates([*what, "label"]).assign(seed=np.nan)
+
+
+def _draw_alike(base: pd.DataFrame, what: list[str]) -> bool:
+    return bool((base.groupby(what)[["identity", "alignment"]].nunique() <= 1).all(axis=None))
 
 
 def read_study(folders: Sequence[str | Path], baseline: str | None = None) -> Study:

@@ -2,36 +2,68 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dreambooth.config import to_plain
 from dreambooth.report.data import ScoredRun, Study
 from dreambooth.report.tables import Table
 
+COSTS: dict[str, Callable[[ScoredRun], float | None]] = {
+    "learned parameters": lambda run: _learned(run)[0],
+    "steps a second": lambda run: _steps(run) / _seconds(run)["training"] if _seconds(run).get("training") and _steps(run) else None,
+    "training": lambda run: _seconds(run).get("training"),
+    "whole run": lambda run: sum(_seconds(run).values()),
+    "peak memory": lambda run: run.folder.record.get("peak_memory_bytes"),
+    "peak GPU memory": lambda run: run.folder.record.get("peak_gpu_memory_bytes"),
+    "file": lambda run: _learned(run)[1],
+    "price": lambda run: None if run.config.price_per_hour is None else run.config.price_per_hour * sum(_seconds(run).values()) / 3600,
+}
+UNITS = {"training": "s", "whole run": "s", "peak memory": "bytes", "peak GPU memory": "bytes", "file": "bytes", "learned parameters": ""}
+
 
 def cost_table(study: Study) -> Table:
-    """Returns what each arm cost: mean over its runs of seconds, memory, size of the learned tensors, and money where a price is set."""
-    rows = []
-    for arm in study.arms:
-        runs = study.of_arm(arm)
-        parts = [run.folder.record.get("seconds", {}) for run in runs]
-        total = [sum(part.values()) for part in parts]
-        prices = [run.config.price_per_hour * s / 3600 for run, s in zip(runs, total, strict=True) if run.config.price_per_hour is not None]
-        rows.append(
-            [
-                arm,
-                str(len(runs)),
-                _mean([part.get("training") for part in parts], 1, "s"),
-                _mean(total, 1, "s"),
-                _mean([run.folder.record.get("peak_memory_bytes") for run in runs], 1e9, "GB"),
-                _mean([run.folder.record.get("peak_gpu_memory_bytes") for run in runs], 1e9, "GB"),
-                _mean([_weights_bytes(run) for run in runs], 1e6, "MB"),
-                _mean(prices, 1, ""),
-            ]
-        )
-    header = ["arm", "runs", "training", "whole run", "peak memory", "peak GPU memory", "learned tensors", "price"]
-    return Table("Costs", "Means over the runs of an arm; a run in the same process as others has the process's peak memory.", header, rows)
+    """Returns what each arm cost, means over its runs: what learned, steps a second, seconds, memory, the file, and money where a price is set."""
+    columns = {name: [_cost(study, arm, name) for arm in study.arms] for name in COSTS}
+    shown = [name for name, cells in columns.items() if any(cell != "-" for cell in cells)]
+    rows = [[arm, str(len(study.of_arm(arm))), *(columns[name][k] for name in shown)] for k, arm in enumerate(study.arms)]
+    note = "Means over the runs of an arm; a run in the same process as others has the process's peak memory."
+    return Table("Costs", note, ["arm", "runs", *shown], rows)
+
+
+def _cost(study: Study, arm: str, name: str) -> str:
+    values = [value for run in study.of_arm(arm) if (value := COSTS[name](run)) is not None]
+    if not values:
+        return "-"
+    mean, unit = sum(values) / len(values), UNITS.get(name)
+    if unit == "bytes":
+        scale, word = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if mean >= pair[0] or pair[0] == 1)
+        return f"{mean / scale:.2f} {word}"
+    return f"{mean:,.0f}" if unit == "" else f"{mean:.2f} {unit or ''}".strip()
+
+
+def _seconds(run: ScoredRun) -> dict[str, float]:
+    return run.folder.record.get("seconds", {})
+
+
+def _steps(run: ScoredRun) -> int | None:
+    return run.folder.record.get("steps")
+
+
+def _learned(run: ScoredRun) -> tuple[int | None, int | None]:
+    """Returns how many numbers were learned, and the bytes of the file that holds them."""
+    from safetensors import SafetensorError, safe_open
+
+    path = run.folder.path / "checkpoints" / "best.safetensors"
+    if not path.is_file():
+        return None, None
+    try:
+        with safe_open(path, "pt") as opened:
+            count = sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())
+    except SafetensorError:
+        count = None
+    return count, path.stat().st_size
 
 
 def left_out_table(study: Study) -> Table | None:
@@ -71,16 +103,6 @@ def reproducibility(study: Study) -> Table:
     }
     rows = [[key, "; ".join(values)] for key, values in entries.items() if values]
     return Table("To get the same numbers again", "", ["", ""], rows)
-
-
-def _mean(values: Sequence[float | None], unit: float, word: str) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known) / unit:.2f} {word}".strip() if known else "-"
-
-
-def _weights_bytes(run: ScoredRun) -> int | None:
-    path = run.folder.path / "checkpoints" / "best.safetensors"
-    return path.stat().st_size if path.is_file() else None
 
 
 def _digests(records: Sequence[dict[str, Any]], name: str) -> list[str]:
