@@ -25,6 +25,7 @@ from dreambooth.dreambench import read_dreambench
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.generation import pick_device
 from dreambooth.metrics_csv import MetricsFile
+from dreambooth.mirror import mirror_scores, mirror_taken, wandb_logger
 from dreambooth.preflight import before_loading, check_disk, check_memory, require_writable
 from dreambooth.ranks import ALONE, Ranks
 from dreambooth.recipes import resolve, settle_steps
@@ -64,8 +65,6 @@ def train(config: Config) -> RunFolder:
         if run.status == "done":
             print(f"done before: {run.path} ({f'taken from {taken}' if taken else 'delete the folder to train again'})")
             if "taken_from" in run.record:
-                from dreambooth.mirror import mirror_taken
-
                 mirror_taken(config, run)
             return run
         try:
@@ -103,7 +102,6 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     from dreambooth.data import DreamBoothData, ImageSet, class_set, describe_batch, describe_photos, subject_set
     from dreambooth.final_scores import draw_final_share, evaluate_run
     from dreambooth.first_steps import release
-    from dreambooth.mirror import mirror_scores, wandb_logger
     from dreambooth.module import DreamBoothModule
 
     cli.quiet()  # once more: Lightning sets its loggers when it is imported
