@@ -10,7 +10,7 @@ from dreambooth.recipes import resolve
 
 OF_THE_SUBJECT = ("subject.name", "subject.class_noun", "subject.lab_seed", "data.subject_dir", "data.dreambench", "evaluation.final_prompts")
 NO_SETTING = (*NOT_SCIENCE, "seed", "data.subject_dir", "data.dreambench", "subject.name", "trainer.accelerator")
-NOTHING = "''"  # an empty text in the name of an arm, as it is typed
+AS_TYPED = {"None": "null", "True": "true", "False": "false", "": "''"}
 CHOSEN = tuple(f"{group}.name" for group, kinds in CHOICES.items() if len(kinds) > 1)  # what the user chooses by a word
 
 
@@ -33,7 +33,7 @@ def settings_that_differ(runs: Sequence[tuple[str, Config]]) -> list[str]:
             recipe_settings(config, {group: plain.get(f"{group}.name") for group in CHOICES}) for (_, config), plain in zip(runs, flat, strict=True)
         ]
         varied -= {key for key in varied - {*CHOSEN} if all(recipe.get(key) == plain.get(key) for recipe, plain in zip(recipes, flat, strict=True))}
-    return [", ".join(f"{key.removesuffix('.name')}={plain[key] or NOTHING}" for key in sorted(varied) if key in plain) for plain in flat]
+    return [", ".join(f"{key.removesuffix('.name')}={plain[key]}" for key in sorted(varied) if key in plain) for plain in flat]
 
 
 def axes(arm: str) -> dict[str, str]:
@@ -62,10 +62,10 @@ def recipe_settings(config: Config, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def flattened(plain: dict[str, Any], above: str = "") -> dict[str, str]:
-    """Returns a nested dict as text by dotted name."""
+    """Returns a nested dict as text by dotted name, as one types it: null, true, ''."""
     found: dict[str, str] = {}
     for key, value in plain.items():
-        found |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": str(value)}
+        found |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": AS_TYPED.get(str(value), str(value))}
     return found
 
 

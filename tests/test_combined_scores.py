@@ -74,7 +74,7 @@ def resolved() -> Callable[..., Config]:
 
 def test_empty_text_is_a_setting_that_can_be_seen(make_config: Callable[..., Config]) -> None:
     runs = [("a", make_config({"subject.name": "a", "subject.prompt_noun": noun})) for noun in (None, "")]
-    assert settings_that_differ(runs) == ["subject.prompt_noun=None", "subject.prompt_noun=''"]
+    assert settings_that_differ(runs) == ["subject.prompt_noun=null", "subject.prompt_noun=''"]
 
 
 def test_class_noun_is_a_setting_where_one_subject_has_two(make_config: Callable[..., Config]) -> None:

@@ -16,7 +16,6 @@ from dreambooth.statistics.comparison import Comparison
 from dreambooth.statistics.intervals import Interval
 
 HEADER_WORD = "Figures"
-AS_WRITTEN = {"null": "None"}  # on the command line -> in the name of an arm
 SAME, OTHER, UNTOLD = "the same way", "the other way", "cannot be told here"
 
 
@@ -44,7 +43,7 @@ def read_figures(text: str) -> list[Published]:
             arm, _, value = entry.strip().rpartition(" ")
             if key not in keys or not arm or not _is_number(value):
                 raise UserError("Figures", 'must be written like "drift: class_images 0.493, none 0.664"', part, "mend the experiment's header")
-            found.append(Published(key, AS_WRITTEN.get(arm, arm), float(value)))
+            found.append(Published(key, arm, float(value)))
     return found
 
 
