@@ -20,7 +20,7 @@ from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.report.data import read_header, read_study
 from dreambooth.report.figures import TITLES, heat_maps, subject_differences
-from dreambooth.report.page import Report, Section, render, write_report
+from dreambooth.report.page import Report, Section, breakable, render, write_report
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table
 from dreambooth.report.tables import Table, answer, caution, compare, course
@@ -281,3 +281,9 @@ def test_answer_about_two_arms_does_not_speak_of_the_untuned_base(write_group: C
     assert "identity fidelity -0.300 (-0.300 to -0.300), less like the subject" in answer(study, compare(study))[0]
     alone = study._replace(arms=study.arms[:1], runs=study.of_arm(study.baseline), images=study.images[study.images.label == study.baseline])
     assert "the subject was learned" in " ".join(answer(alone, compare(alone)))
+
+
+def test_setting_breaks_behind_its_sign_and_not_inside_a_word_and_stays_escaped() -> None:
+    assert str(breakable("subject.prompt_noun=mushroom, last step")) == "subject.prompt_noun=<wbr>mushroom, last step"
+    assert str(breakable("modules=[to_q,to_k]")) == "modules=<wbr>[to_q,<wbr>to_k]"
+    assert str(breakable("6,103,848 of <b>")) == "6,103,848 of &lt;b&gt;"

@@ -1,6 +1,7 @@
 """Run folders -> a report: one HTML page that needs nothing beside it, and Markdown with small pictures. See `data` for what is read."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,9 +111,16 @@ def render(report: Report, template: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": markdown_cell}
+    environment.filters |= {"cell": markdown_cell, "breakable": breakable}
     context: dict[str, Any] = {"report": report, "data_uri": data_uri, "pictures": PICTURES, "version": __version__}
     return environment.get_template(template).render(context)
+
+
+def breakable(text: str) -> Any:
+    """Returns text as HTML in which a setting may be broken behind its "=" and the commas of its list, rather than inside a word."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<==)(?=\S)|(?<=,)(?=[A-Za-z])", text))
 
 
 def _question(study: Study) -> str:
