@@ -11,6 +11,7 @@ from dreambooth.recipes import resolve
 OF_THE_SUBJECT = ("subject.name", "subject.class_noun", "subject.lab_seed", "data.subject_dir", "data.dreambench", "evaluation.final_prompts")
 NO_SETTING = (*NOT_SCIENCE, "seed", "data.subject_dir", "data.dreambench", "subject.name", "trainer.accelerator")
 AS_TYPED = {"None": "null", "True": "true", "False": "false", "": "''"}
+PLAIN_WORD = re.compile(r"[A-Za-z_][\w.]*")  # needs no quotes on the command line
 CHOSEN = tuple(f"{group}.name" for group, kinds in CHOICES.items() if len(kinds) > 1)  # what the user chooses by a word
 
 
@@ -62,11 +63,18 @@ def recipe_settings(config: Config, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def flattened(plain: dict[str, Any], above: str = "") -> dict[str, str]:
-    """Returns a nested dict as text by dotted name, as one types it: null, true, ''."""
+    """Returns a nested dict as text by dotted name, each value as one types it."""
     found: dict[str, str] = {}
     for key, value in plain.items():
-        found |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": AS_TYPED.get(str(value), str(value))}
+        found |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": as_typed(value)}
     return found
+
+
+def as_typed(value: Any) -> str:
+    """Returns a setting as one types it on the command line: null, true, '', [to_q,to_k]."""
+    if isinstance(value, list) and all(isinstance(entry, str) and PLAIN_WORD.fullmatch(entry) for entry in value):
+        return f"[{','.join(value)}]"
+    return AS_TYPED.get(str(value), str(value))
 
 
 def _keys(flat: Sequence[dict[str, str]]) -> set[str]:

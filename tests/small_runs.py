@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,6 +39,12 @@ def composed(*overrides: str) -> Config:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         small = [word for word in SMALL if not ("prior=none" in overrides and word.startswith("prior."))]
         return OmegaConf.to_object(compose("train", [*small, *overrides]))
+
+
+def first_value(axis: str) -> str:
+    """Returns the first setting of an axis of a sweep: "lr=1,2" -> "lr=1"."""
+    override = OverridesParser.create().parse_override(axis)
+    return f"{override.key_or_group}={next(override.sweep_string_iterator())}" if override.is_sweep_override() else axis
 
 
 def run(*overrides: str) -> RunFolder:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from small_runs import composed
 
-from dreambooth.arms import settings_that_differ
+from dreambooth.arms import as_typed, settings_that_differ
 from dreambooth.combined_scores import BASE, _by_prompt_kind, _compared, _one_base, require_one_evaluator
 from dreambooth.config import Config
 from dreambooth.encoders import LabEncoders
@@ -75,6 +76,23 @@ def resolved() -> Callable[..., Config]:
 def test_empty_text_is_a_setting_that_can_be_seen(make_config: Callable[..., Config]) -> None:
     runs = [("a", make_config({"subject.name": "a", "subject.prompt_noun": noun})) for noun in (None, "")]
     assert settings_that_differ(runs) == ["subject.prompt_noun=null", "subject.prompt_noun=''"]
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("", "''"),
+        (1, "1"),
+        (["to_q", "to_out.0"], "[to_q,to_out.0]"),
+        (["a photo of a dog"], "['a photo of a dog']"),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_setting_is_shown_as_the_command_line_takes_it(value: object, typed: str) -> None:
+    assert as_typed(value) == typed
+    assert OverridesParser.create().parse_override(f"key={typed}").value() == value
 
 
 def test_class_noun_is_a_setting_where_one_subject_has_two(make_config: Callable[..., Config]) -> None:

@@ -16,8 +16,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from small_runs import first_value
 
 from dreambooth import cli
+from dreambooth.adapters.lora import ATTENTION, EVERY_BLOCK
 from dreambooth.class_bank import images_wanted
 from dreambooth.config import (
     CHOICES,
@@ -269,6 +271,15 @@ def test_resolve_fills_every_null_that_the_recipe_knows(family: str, sd_plain: d
     assert wrong == {}
 
 
+@pytest.mark.parametrize(("family", "layers"), [("lab", EVERY_BLOCK), ("stable_diffusion", ATTENTION)])
+def test_resolve_chooses_the_layers_of_a_lora_and_of_the_one_in_pivotal_tuning(family: str, layers: tuple[str, ...], sd_plain: dict) -> None:
+    plain = LAB_PLAIN if family == "lab" else sd_plain
+    alone, pivotal = (resolve(from_plain(plain | {"method": {"name": name}})).method for name in ("lora", "pivotal_tuning"))
+    assert alone.target_modules == pivotal.lora.target_modules == [*layers]
+    said = resolve(from_plain(plain | {"method": {"name": "pivotal_tuning", "lora": {"target_modules": ["to_q"]}}}))
+    assert said.method.lora.target_modules == ["to_q"]
+
+
 @pytest.mark.parametrize("family", ["lab", "stable_diffusion"])
 def test_resolve_leaves_no_null_but_those_that_mean_off(family: str, sd_plain: dict) -> None:
     resolved = to_plain(resolve(from_plain(LAB_PLAIN if family == "lab" else sd_plain)))
@@ -412,7 +423,7 @@ def test_conf_has_no_yaml_file_outside_the_tested_folders() -> None:
 def experiment_jobs(path: Path) -> list[str]:
     """Overrides of a file that come with its sweep: the first value of each parameter is tried."""
     sweep = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
-    return [f"{key}={str(values).split(',')[0]}" for key, values in sweep.items()]
+    return [first_value(f"{key}={values}") for key, values in sweep.items()]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from small_runs import ROOT, make_dreambench, make_photos, run
+from small_runs import ROOT, first_value, make_dreambench, make_photos, run
 
 from dreambooth.final_scores import read_photos
 
@@ -16,7 +16,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 def test_experiment_runs_its_first_job(name: str, tiny_folder, tmp_path: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
-    arms = [f"{key}={str(values).split(',')[0]}" for key, values in (cfg.hydra.sweeper.params or {}).items()]
+    arms = [first_value(f"{key}={values}") for key, values in (cfg.hydra.sweeper.params or {}).items()]
     words = [f"experiment={name}", *arms, "trainer.max_steps=2", "trainer.eval_every=2", f"output_dir={tmp_path}"]
     if cfg.prior.name == "none":
         words.append("prior=none")  # said here too, so that `composed` asks for no class images

@@ -14,6 +14,8 @@ from dreambooth.base.protocol import BaseModel
 from dreambooth.errors import ConfigError
 
 INITS = {"gaussian": "gaussian", "kaiming": True}  # our word -> peft's init_lora_weights; both start as the identity (B = 0)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of a UNet: the layers of Hu et al. 2022 and of the diffusers examples
+EVERY_BLOCK = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv2")  # and the feed-forward layers and the convolutions of the residual blocks
 
 
 @dataclass(slots=True)
@@ -23,7 +25,7 @@ class Lora(Method):
     name: str = "lora"
     rank: int = 4  # columns of B, 1 or more
     alpha: float | None = None  # the update is scaled by alpha / rank; null: the rank, a scale of 1
-    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # ends of layer names in the UNet
+    target_modules: list[str] | None = None  # ends of layer names in the UNet; null: the base's recipe, where there is none the attention
     train_text_encoder: bool | None = None  # also adapters in the text encoder; null: the base's recipe
     text_encoder_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj"])
     text_encoder_stop_step: int | None = None  # steps after which the text encoder's part stays as it is; null: never
@@ -43,8 +45,8 @@ class Lora(Method):
         if self.init not in INITS:
             raise ConfigError("method.init", f"must be one of {', '.join(INITS)}", self.init, "choose one of them")
         for key in ("target_modules", "text_encoder_target_modules"):
-            if not getattr(self, key):
-                raise ConfigError(f"method.{key}", "must name a layer", None, "leave it out for the attention layers")
+            if getattr(self, key) == []:
+                raise ConfigError(f"method.{key}", "must name a layer", [], "leave it out for the base's own choice")
 
     @property
     def is_additive(self) -> bool:
@@ -61,7 +63,7 @@ class Lora(Method):
 
     def _inject(self, network: nn.Module, key: str, seed: int, number: int) -> list[nn.Parameter]:
         """Returns the parameters of adapters put into a network, started as a function of the seed alone."""
-        targets = list(getattr(self, key))
+        targets = list(getattr(self, key) or ATTENTION)
         lost = next(unmatched(network, targets), None)
         if lost is not None:
             raise ConfigError(f"method.{key}", "must be ends of layer names of the base", lost, "to_q,to_k,to_v,to_out.0 are the UNet's attention")
