@@ -13,7 +13,7 @@ from dreambooth.dreambench import PROMPT_KINDS
 from dreambooth.errors import UserError
 from dreambooth.files import write_json, write_text, write_with
 from dreambooth.final_scores import subject_label
-from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.rescoring import Rescoring
 from dreambooth.statistics.comparison import Comparison, compare_arms, to_markdown
 from dreambooth.statistics.intervals import Interval, bootstrap_interval, describe, hierarchical_interval

@@ -22,7 +22,7 @@ from dreambooth.files import write_json, write_png, write_with
 from dreambooth.generation import pick_device
 from dreambooth.grids import image_grid
 from dreambooth.lab_truth import lab_truth
-from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.ranks import Ranks
 from dreambooth.runs import RunFolder, load, load_weights
 from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, references, score

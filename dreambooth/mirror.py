@@ -7,7 +7,7 @@ from typing import Any
 
 from dreambooth.config import Config, Tracking, to_plain
 from dreambooth.errors import UserError
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.runs import RunFolder
 

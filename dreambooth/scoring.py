@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dreambooth import metrics, pixel_metrics
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.evaluation import Item
-from dreambooth.masked_identity import Foreground, foreground, masked_features
-from dreambooth.metric_states import within_groups
-from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.metrics import cosines, pixels, real_photos
+from dreambooth.metrics.masked_identity import Foreground, foreground, masked_features
+from dreambooth.metrics.states import within_groups
+from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.statistics.intervals import Interval, bootstrap_interval
 from dreambooth.step_choice import StepScores
 
@@ -106,13 +106,13 @@ def score(
         }
     )
     identity, masked = _identity(images, reference, encoders)
-    rows["identity"] = metrics.per_image_fidelity(identity, reference.identity).numpy()
-    nearest = metrics.nearest_photo(identity, reference.identity)
+    rows["identity"] = cosines.per_image_fidelity(identity, reference.identity).numpy()
+    nearest = real_photos.nearest_photo(identity, reference.identity)
     rows["nearest_photo"], rows["nearest_photo_index"] = nearest.cosine.numpy(), nearest.index.numpy()
-    rows["memorisation"] = metrics.memorisation(identity, reference.identity, reference.held_out_identity).numpy()
+    rows["memorisation"] = real_photos.memorisation(identity, reference.identity, reference.held_out_identity).numpy()
     rows["masked_identity"] = masked.numpy()
     rows["sharpness"] = _sharpness(images, reference).numpy()
-    rows["diversity"] = metrics.per_image_diversity(1 - identity @ identity.T, _groups(items)).numpy()
+    rows["diversity"] = cosines.per_image_diversity(1 - identity @ identity.T, _groups(items)).numpy()
 
     def add(column: str, kind: str, values: Tensor) -> None:
         rows[column] = NAN
@@ -120,9 +120,9 @@ def score(
 
     own = [item for item in items if item.kind == "subject"]
     features = encoders.image(images[kinds == "subject"])  # (S, E)
-    add("image", "subject", metrics.per_image_fidelity(features, reference.image))
-    add("alignment", "subject", metrics.per_image_alignment(features, _texts([item.scored_prompt for item in own], encoders)))
-    add("alignment_with_identifier", "subject", metrics.per_image_alignment(features, _texts([item.prompt for item in own], encoders)))
+    add("image", "subject", cosines.per_image_fidelity(features, reference.image))
+    add("alignment", "subject", cosines.per_image_alignment(features, _texts([item.scored_prompt for item in own], encoders)))
+    add("alignment_with_identifier", "subject", cosines.per_image_alignment(features, _texts([item.prompt for item in own], encoders)))
     add("lpips_diversity", "subject", _lpips(images[kinds == "subject"], own, encoders))
     drifts = _other_classes(images, base_images, kinds, identity, encoders)
     add("other_class_drift", "other", drifts[0])
@@ -143,19 +143,19 @@ def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEnc
     with_self_pairs = (("real_photos", False), ("real_photos_with_self_pairs", True))
     found = {
         name: {
-            "identity_fidelity": float(metrics.real_photo_oracle(reference.identity, self_pairs)),
-            "image_fidelity": float(metrics.real_photo_oracle(reference.image, self_pairs)),
+            "identity_fidelity": float(real_photos.real_photo_oracle(reference.identity, self_pairs)),
+            "image_fidelity": float(real_photos.real_photo_oracle(reference.image, self_pairs)),
         }
         for name, self_pairs in with_self_pairs
     }
     if reference.foreground is not None:
         for name, self_pairs in with_self_pairs:
-            found[name]["masked_identity"] = float(metrics.real_photo_oracle(reference.foreground.photos, self_pairs))
-    found["real_photos"] |= {"diversity": float(1 - metrics.real_photo_oracle(reference.identity)), "sharpness": 1.0}
+            found[name]["masked_identity"] = float(real_photos.real_photo_oracle(reference.foreground.photos, self_pairs))
+    found["real_photos"] |= {"diversity": float(1 - real_photos.real_photo_oracle(reference.identity)), "sharpness": 1.0}
     if len(reference.identity) > 1 or reference.held_out_identity is not None:
         found["real_photos"]["memorisation"] = 0.0  # the mark that it is measured from
     texts = encoders.text(list(dict.fromkeys(prompts)))
-    found["copy_baseline"] = metrics.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity) | {"sharpness": 1.0}
+    found["copy_baseline"] = real_photos.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity) | {"sharpness": 1.0}
     return found
 
 
@@ -166,7 +166,7 @@ def _identity(images: np.ndarray, reference: Reference, encoders: LoadedEncoders
     def reduce(tokens: Tensor) -> Tensor:
         if known is None:
             return torch.full((len(tokens),), NAN)
-        return metrics.per_image_fidelity(masked_features(tokens, known), known.photos)
+        return cosines.per_image_fidelity(masked_features(tokens, known), known.photos)
 
     return encoders.identity_with_patches(images, reduce)
 
@@ -183,9 +183,9 @@ def _groups(items: Sequence[Item]) -> Tensor:
 
 
 def _sharpness(images: np.ndarray, reference: Reference) -> Tensor:
-    if min(images.shape[1:3], default=0) < pixel_metrics.SMALLEST_PX:
+    if min(images.shape[1:3], default=0) < pixels.SMALLEST_PX:
         return torch.full((len(images),), NAN)
-    return pixel_metrics.sharpness(torch.from_numpy(images), torch.from_numpy(reference.photos))
+    return pixels.sharpness(torch.from_numpy(images), torch.from_numpy(reference.photos))
 
 
 def _lpips(images: np.ndarray, items: Sequence[Item], encoders: LoadedEncoders) -> Tensor:
@@ -193,7 +193,7 @@ def _lpips(images: np.ndarray, items: Sequence[Item], encoders: LoadedEncoders) 
     if encoders.perceptual is None:
         return torch.full((len(images),), NAN)
     groups = _groups(items)
-    return metrics.per_image_diversity(within_groups(encoders.perceptual.distances, torch.from_numpy(images), groups), groups)
+    return cosines.per_image_diversity(within_groups(encoders.perceptual.distances, torch.from_numpy(images), groups), groups)
 
 
 def _other_classes(
@@ -205,7 +205,7 @@ def _other_classes(
         return torch.full((int(others.sum()),), NAN), torch.full((int(others.sum()),), NAN)
     tuned, base = images[others], base_images[others]
     features = identity[torch.from_numpy(others)]
-    return metrics.paired_drift(features, encoders.identity(base)), pixel_metrics.color_drift(torch.from_numpy(tuned), torch.from_numpy(base))
+    return cosines.paired_drift(features, encoders.identity(base)), pixels.color_drift(torch.from_numpy(tuned), torch.from_numpy(base))
 
 
 def _by_score(rows: pd.DataFrame) -> Iterator[tuple[MetricInfo, pd.DataFrame]]:
@@ -222,7 +222,7 @@ def _values(rows: pd.DataFrame) -> dict[str, float]:
         column = own[info.column]
         if info.key in ALWAYS or not column.isna().all():
             groups = torch.tensor(own.groupby("template").ngroup().to_numpy())
-            found[info.key] = float(metrics.macro_mean(torch.tensor(column.to_numpy(float)), groups))
+            found[info.key] = float(cosines.macro_mean(torch.tensor(column.to_numpy(float)), groups))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreambooth.diagnosis import Setting, diagnose
-from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.runs import RunFolder
 from dreambooth.step_choice import StepScores
 

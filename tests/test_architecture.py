@@ -13,10 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {  # each may import itself and what stands above it here
-    "pure": (
-        "diffusion photos photo_checks smart_crop buckets captions grids metrics metric_table metric_states masked_identity "
-        "pixel_metrics statistics step_choice diagnosis errors randomness"
-    ),
+    "pure": ("diffusion photos photo_checks smart_crop buckets captions grids metrics statistics step_choice diagnosis errors randomness"),
     "parts": (
         "base lab adapters averaging objective priors optimization encoders clip_dino perceptual samplers photo_folder side_files caches "
         "dreambench tokens files claims ranks"

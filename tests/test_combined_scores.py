@@ -13,7 +13,7 @@ from dreambooth.combined_scores import BASE, _by_prompt_kind, _compared, _one_ba
 from dreambooth.config import Config
 from dreambooth.encoders import LabEncoders
 from dreambooth.errors import UserError
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 from dreambooth.recipes import resolve, settle_steps
 
 IDENTITY = next(info for info in METRICS if info.key == "identity_fidelity")

@@ -10,7 +10,7 @@ from dreambooth.__main__ import main
 from dreambooth.config import Tracking
 from dreambooth.dashboard import online_report, publish, workspace
 from dreambooth.errors import UserError
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 from dreambooth.mirror import final_summary
 from dreambooth.report.data import read_study
 from dreambooth.report.page import make_report

@@ -26,7 +26,7 @@ from dreambooth.lab.pretraining.tokenizer import MAX_TOKENS, build_tokenizer, me
 from dreambooth.lab.pretraining.training import Budget, Training
 from dreambooth.lab.scorers import LabScorers, Layout
 from dreambooth.lab.splits import RARE_TOKENS, TRAINED_CLASSES, TRAINED_CONTEXTS, draw_training_item, vocabulary
-from dreambooth.pixel_metrics import blur
+from dreambooth.metrics.pixels import blur
 
 TOY_LAYOUT = Layout(image_side=64, features=16, stem=8, blocks=((8, 2), (16, 2), (16, 2)), text_width=32, text_layers=1, text_heads=2)
 TOY = {

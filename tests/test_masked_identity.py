@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreambooth import metrics
 from dreambooth.encoders import LabEncoders
 from dreambooth.lab.world import CONTEXTS, ground_truth, identity, render_masks, subject_photos
-from dreambooth.masked_identity import Foreground, foreground, found_shares, masked_features, pool
+from dreambooth.metrics import cosines
+from dreambooth.metrics.masked_identity import Foreground, foreground, found_shares, masked_features, pool
 
 SUBJECT, GRASS, SAND, RIVAL = torch.eye(4)  # one direction for each thing that a patch can show
 
@@ -44,13 +44,13 @@ def test_masked_features_do_not_see_known_surroundings(known: Foreground) -> Non
 
 
 def test_masked_features_see_another_subject(known: Foreground) -> None:
-    score = metrics.per_image_fidelity(masked_features(patches(SUBJECT + 3 * RIVAL, GRASS), known), known.photos)
+    score = cosines.per_image_fidelity(masked_features(patches(SUBJECT + 3 * RIVAL, GRASS), known), known.photos)
     assert score.item() == pytest.approx(1 / 10**0.5)  # the patch that leans to the subject, and not the grass
 
 
 def test_masked_features_of_an_image_without_the_subject_score_zero(known: Foreground) -> None:
     lost = masked_features(patches(GRASS, GRASS), known)
-    assert lost.abs().max() == 0 and metrics.per_image_fidelity(lost, known.photos).item() == 0
+    assert lost.abs().max() == 0 and cosines.per_image_fidelity(lost, known.photos).item() == 0
 
 
 def test_foreground_agrees_with_a_numpy_loop() -> None:

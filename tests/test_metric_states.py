@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from dreambooth import metrics, pixel_metrics
-from dreambooth.metric_states import (
+from dreambooth.metrics import cosines, pixels, real_photos
+from dreambooth.metrics.states import (
     Diversity,
     Drift,
     IdentityFidelity,
@@ -22,7 +22,7 @@ from dreambooth.metric_states import (
     PromptAlignment,
     Sharpness,
 )
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 
 GROUPS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2, 1])
 
@@ -42,20 +42,20 @@ def known_distances(images: Tensor) -> Tensor:
 
 
 def grey_diversity(images: Tensor, groups: Tensor) -> Tensor:
-    return metrics.diversity_of_distances(known_distances(images), groups)
+    return cosines.diversity_of_distances(known_distances(images), groups)
 
 
 CASES = {
-    "identity": (IdentityFidelity, metrics.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1))),
-    "image": (ImageFidelity, metrics.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1))),
-    "masked": (MaskedIdentity, metrics.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1))),
-    "alignment": (PromptAlignment, metrics.prompt_alignment, lambda rows: (features(10)[rows], features(10, seed=2)[rows])),
-    "drift": (Drift, metrics.drift, lambda rows: (features(10)[rows], features(4, seed=1))),
-    "memorisation": (Memorisation, lambda *a: metrics.memorisation(*a).mean(), lambda rows: (features(10)[rows], features(4, seed=1))),
-    "other": (OtherClassDrift, lambda *a: metrics.paired_drift(*a).mean(), lambda rows: (features(10)[rows], features(10, seed=2)[rows])),
-    "sharpness": (Sharpness, lambda *a: pixel_metrics.sharpness(*a).mean(), lambda rows: (pictures(10)[rows], pictures(3, seed=1))),
-    "colors": (OtherClassColorDrift, lambda *a: pixel_metrics.color_drift(*a).mean(), lambda rows: (pictures(10)[rows], pictures(10, seed=2)[rows])),
-    "diversity": (Diversity, metrics.diversity, lambda rows: (features(10)[rows], GROUPS[rows])),
+    "identity": (IdentityFidelity, cosines.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1))),
+    "image": (ImageFidelity, cosines.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1))),
+    "masked": (MaskedIdentity, cosines.identity_fidelity, lambda rows: (features(10)[rows], features(4, seed=1))),
+    "alignment": (PromptAlignment, cosines.prompt_alignment, lambda rows: (features(10)[rows], features(10, seed=2)[rows])),
+    "drift": (Drift, cosines.drift, lambda rows: (features(10)[rows], features(4, seed=1))),
+    "memorisation": (Memorisation, lambda *a: real_photos.memorisation(*a).mean(), lambda rows: (features(10)[rows], features(4, seed=1))),
+    "other": (OtherClassDrift, lambda *a: cosines.paired_drift(*a).mean(), lambda rows: (features(10)[rows], features(10, seed=2)[rows])),
+    "sharpness": (Sharpness, lambda *a: pixels.sharpness(*a).mean(), lambda rows: (pictures(10)[rows], pictures(3, seed=1))),
+    "colors": (OtherClassColorDrift, lambda *a: pixels.color_drift(*a).mean(), lambda rows: (pictures(10)[rows], pictures(10, seed=2)[rows])),
+    "diversity": (Diversity, cosines.diversity, lambda rows: (features(10)[rows], GROUPS[rows])),
     "perceptual": (lambda: PerceptualDiversity(known_distances), grey_diversity, lambda rows: (pictures(10)[rows], GROUPS[rows])),
 }
 every_case = pytest.mark.parametrize(("kind", "function", "inputs"), CASES.values(), ids=CASES)

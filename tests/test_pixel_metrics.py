@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from dreambooth import pixel_metrics
 from dreambooth.lab.world import CONTEXTS, ground_truth, identity, render, subject_photos
+from dreambooth.metrics import pixels
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "dreambench"
 SUBJECTS = ("backpack", "cat2", "dog6", "robot_toy", "teapot", "vase")
@@ -46,23 +46,23 @@ def test_fine_detail_agrees_with_scipy() -> None:
         radius = int(3 * sigma + 0.5)
         softer.append(gaussian_filter(softer[-1], sigma, mode="mirror", truncate=radius / sigma))
     rms = [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(softer, softer[1:], strict=False)]
-    assert pixel_metrics.fine_detail(image).item() == pytest.approx(rms[0] / (sum(rms) + 1), abs=1e-4)
+    assert pixels.fine_detail(image).item() == pytest.approx(rms[0] / (sum(rms) + 1), abs=1e-4)
 
 
 def test_fine_detail_of_a_blank_image_is_zero() -> None:
-    assert pixel_metrics.fine_detail(plain((90, 90, 90))).item() == pytest.approx(0, abs=1e-4)
+    assert pixels.fine_detail(plain((90, 90, 90))).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_fine_detail_hardly_depends_on_contrast() -> None:
     image = renders("car", 2, 4)
     flat = (image.float() * 0.5 + 64).round().byte()
-    assert torch.allclose(pixel_metrics.fine_detail(flat), pixel_metrics.fine_detail(image), rtol=0.1)
+    assert torch.allclose(pixels.fine_detail(flat), pixels.fine_detail(image), rtol=0.1)
 
 
 @pytest.mark.parametrize("noun", ["dog", "teapot"])
 def test_sharpness_of_blurred_renders_is_clearly_below_every_sharp_one(noun: str) -> None:
     photos = subject_photos(noun, 1)[0].permute(0, 2, 3, 1)
-    sharp, soft = (pixel_metrics.sharpness(images, photos) for images in (renders(noun, 1, 12), blurred(renders(noun, 1, 12), 1)))
+    sharp, soft = (pixels.sharpness(images, photos) for images in (renders(noun, 1, 12), blurred(renders(noun, 1, 12), 1)))
     assert (soft / sharp).max() < 0.55 and soft.max() < sharp.min()  # the places differ by less than the blur does
     assert sharp.mean().item() == pytest.approx(1, abs=0.15)
 
@@ -71,21 +71,21 @@ def test_sharpness_of_blurred_renders_is_clearly_below_every_sharp_one(noun: str
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_sharpness_of_blurred_photos_falls_by_half(subject: str, side: int) -> None:
     photos = real_photos(subject, side)
-    ratio = pixel_metrics.sharpness(blurred(photos, 1), photos) / pixel_metrics.sharpness(photos, photos)
+    ratio = pixels.sharpness(blurred(photos, 1), photos) / pixels.sharpness(photos, photos)
     assert ratio.max() < 0.55
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_sharpness_of_one_photo_beside_the_others_is_near_one(subject: str) -> None:
     photos = real_photos(subject, 256)
-    ratios = [pixel_metrics.sharpness(photos[[k]], photos[[j for j in range(len(photos)) if j != k]]).item() for k in range(len(photos))]
+    ratios = [pixels.sharpness(photos[[k]], photos[[j for j in range(len(photos)) if j != k]]).item() for k in range(len(photos))]
     assert 0.6 < min(ratios) and max(ratios) < 1.6
 
 
 def test_sharpness_compares_at_the_size_of_the_images() -> None:
     subject, contexts = identity("dog", 1), list(CONTEXTS[:4])
     small, large = (render([subject] * 4, contexts, range(4), side).permute(0, 2, 3, 1) for side in (64, 256))
-    assert pixel_metrics.sharpness(small, large).mean().item() == pytest.approx(1, abs=0.2)
+    assert pixels.sharpness(small, large).mean().item() == pytest.approx(1, abs=0.2)
 
 
 def test_sharpness_of_images_beside_their_own_enlargement_is_near_one() -> None:
@@ -94,12 +94,12 @@ def test_sharpness_of_images_beside_their_own_enlargement_is_near_one() -> None:
         np.stack([np.asarray(Image.fromarray(image.numpy()).resize((256, 256), Image.Resampling.BICUBIC)) for image in images])
     )
     # an enlargement has nothing fine at its own size: held against it as it is, the images would be several times as sharp
-    assert (pixel_metrics.fine_detail(images) / pixel_metrics.fine_detail(enlarged)).min() > 3
-    assert pixel_metrics.sharpness(images, enlarged).mean().item() == pytest.approx(1, abs=0.3)
+    assert (pixels.fine_detail(images) / pixels.fine_detail(enlarged)).min() > 3
+    assert pixels.sharpness(images, enlarged).mean().item() == pytest.approx(1, abs=0.3)
 
 
 def test_sharpness_without_photos_is_nan() -> None:
-    assert pixel_metrics.sharpness(plain((1, 2, 3)), torch.empty(0, 24, 24, 3, dtype=torch.uint8)).isnan().all()
+    assert pixels.sharpness(plain((1, 2, 3)), torch.empty(0, 24, 24, 3, dtype=torch.uint8)).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -115,48 +115,48 @@ def test_sharpness_without_photos_is_nan() -> None:
 )
 def test_cielab_of_known_colors(color: tuple[int, int, int], expected: tuple[float, float, float]) -> None:
     """Published values for sRGB and D65."""
-    assert pixel_metrics.cielab(torch.tensor(color, dtype=torch.uint8)).tolist() == pytest.approx(expected, abs=0.02)
+    assert pixels.cielab(torch.tensor(color, dtype=torch.uint8)).tolist() == pytest.approx(expected, abs=0.02)
 
 
 def test_color_histogram_sums_to_one_and_keeps_the_mean_color() -> None:
     image = renders("duck", 3, 1)
-    histogram = pixel_metrics.color_histograms(image)[0].view(9, 13, 13)
+    histogram = pixels.color_histograms(image)[0].view(9, 13, 13)
     nodes = torch.stack(torch.meshgrid(torch.arange(9) * 12.5, torch.arange(13) * 20.0 - 120, torch.arange(13) * 20.0 - 120, indexing="ij"))
     assert histogram.sum().item() == pytest.approx(1, abs=1e-5)
     # linear interpolation between nodes keeps means exactly
-    assert torch.allclose((nodes * histogram).sum((1, 2, 3)), pixel_metrics.cielab(image).mean((0, 1, 2)), atol=0.01)
+    assert torch.allclose((nodes * histogram).sum((1, 2, 3)), pixels.cielab(image).mean((0, 1, 2)), atol=0.01)
 
 
 def test_color_histogram_does_not_depend_on_where_a_color_is() -> None:
     image = renders("duck", 3, 1)
     moved = image.flatten(1, 2)[:, torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))].view(image.shape)
-    assert torch.allclose(pixel_metrics.color_histograms(moved), pixel_metrics.color_histograms(image), atol=1e-6)
+    assert torch.allclose(pixels.color_histograms(moved), pixels.color_histograms(image), atol=1e-6)
 
 
 def test_color_drift_of_equal_images_is_zero() -> None:
-    assert pixel_metrics.color_drift(renders("car", 1, 3), renders("car", 1, 3)).tolist() == [0, 0, 0]
+    assert pixels.color_drift(renders("car", 1, 3), renders("car", 1, 3)).tolist() == [0, 0, 0]
 
 
 def test_color_drift_of_far_colors_is_one() -> None:
-    assert pixel_metrics.color_drift(plain((255, 0, 0)), plain((0, 0, 255))).item() == pytest.approx(1, abs=1e-5)
+    assert pixels.color_drift(plain((255, 0, 0)), plain((0, 0, 255))).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_color_drift_is_the_share_that_changed_its_color() -> None:
     tuned = plain((255, 0, 0)).clone()
     tuned[:, :6] = torch.tensor((0, 0, 255), dtype=torch.uint8)  # 6 of 24 rows
-    assert pixel_metrics.color_drift(tuned, plain((255, 0, 0))).item() == pytest.approx(0.25, abs=1e-5)
+    assert pixels.color_drift(tuned, plain((255, 0, 0))).item() == pytest.approx(0.25, abs=1e-5)
 
 
 def test_color_drift_of_a_change_too_small_to_see_is_small() -> None:
-    assert pixel_metrics.color_drift(plain((120, 120, 120)), plain((122, 121, 120))).item() < 0.15
+    assert pixels.color_drift(plain((120, 120, 120)), plain((122, 121, 120))).item() < 0.15
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(1, 24, 24, 3), torch.zeros(1, 3, 24, 24, dtype=torch.uint8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8)])
 def test_fine_detail_refuses_what_it_cannot_measure(bad: Tensor) -> None:
     with pytest.raises(ValueError, match="images must"):
-        pixel_metrics.fine_detail(bad)
+        pixels.fine_detail(bad)
 
 
 def test_color_drift_refuses_images_without_a_pair() -> None:
     with pytest.raises(ValueError, match="one image for each tuned one, 2, got 1"):
-        pixel_metrics.color_drift(plain((1, 2, 3)).expand(2, -1, -1, -1), plain((1, 2, 3)))
+        pixels.color_drift(plain((1, 2, 3)).expand(2, -1, -1, -1), plain((1, 2, 3)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreambooth.encoders import LoadedEncoders, Pixels
 from dreambooth.evaluation import Item
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 from dreambooth.scoring import pair_mean_pseudovalues, reference, references, score
 from dreambooth.statistics.intervals import bootstrap_interval
 

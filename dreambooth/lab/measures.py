@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth.pixel_metrics import LUMA, octaves
+from dreambooth.metrics.pixels import LUMA, octaves
 
 BANDS = 3  # octaves of detail that sharpness looks at: 1, 2 and 4 pixels
 

@@ -35,7 +35,7 @@ from dreambooth.lab.pretraining.autoencoder import roundtrip
 from dreambooth.lab.pretraining.data import HeldOut, held_out
 from dreambooth.lab.pretraining.denoiser import draw
 from dreambooth.lab.scorers import LabScorers
-from dreambooth.pixel_metrics import blur
+from dreambooth.metrics.pixels import blur
 from dreambooth.statistics.intervals import Interval, bootstrap_interval, describe
 
 CONTROL_SIGMA = 1.0  # px, of the blurred control

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dreambooth.arms import axes
-from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.report.data import Study
 from dreambooth.report.tables import ANSWERING, Point
 from dreambooth.statistics.comparison import Comparison

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dreambooth.arms import axes
 from dreambooth.errors import UserError
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 from dreambooth.report.data import Study
 from dreambooth.report.tables import STEP_WORDS, Table, is_told, signed
 from dreambooth.statistics.comparison import Comparison

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from dreambooth.combined_scores import BASE, REFERENCE_WORDS
-from dreambooth.metric_table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.report.data import Study
 from dreambooth.scoring import pair_mean_pseudovalues
 from dreambooth.statistics.comparison import ArmRow, Comparison, compare_arms

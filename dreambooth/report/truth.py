@@ -5,7 +5,7 @@ import math
 
 import pandas as pd
 
-from dreambooth.metric_table import METRICS
+from dreambooth.metrics.table import METRICS
 from dreambooth.report.data import Study
 from dreambooth.report.tables import Table, short, signed
 from dreambooth.statistics.correlation import correlation

@@ -27,7 +27,7 @@ from dreambooth.lab.pretraining.tokenizer import token_ids
 from dreambooth.lab.pretraining.training import CAPTIONS, IDENTITY, Job, Place, generator, precision
 from dreambooth.lab.scorers import ImageEncoder, Layout, new_text_encoder
 from dreambooth.lab.splits import TRAINED_CLASSES
-from dreambooth.pixel_metrics import blur
+from dreambooth.metrics.pixels import blur
 
 SHIFT_PX, GAIN, NOISE = 4, 0.12, 0.03  # augmentations: at most; +- share of brightness; deviation, of a range of 2
 CODEC_SHARE = 0.25  # of the pictures

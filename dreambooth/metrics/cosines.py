@@ -10,8 +10,6 @@ Three kinds of features come in, and every score says which it takes:
 Which networks it was in fact stands in the evaluator's version beside the scores (`LoadedEncoders.version`).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +38,7 @@ def identity_fidelity(generated: Tensor, subject: Tensor) -> Tensor:
 
 def per_image_fidelity(generated: Tensor, subject: Tensor) -> Tensor:
     """Returns each generated image's mean cosine to all photos of the subject, (N,) in [-1, 1]; see `identity_fidelity`."""
-    return _cosines(generated, subject, "generated", "subject").mean(dim=1)  # (N, M) -> (N,)
+    return cosines_of(generated, subject, "generated", "subject").mean(dim=1)  # (N, M) -> (N,)
 
 
 def prompt_alignment(images: Tensor, prompts: Tensor) -> Tensor:
@@ -67,7 +65,7 @@ def prompt_alignment(images: Tensor, prompts: Tensor) -> Tensor:
 
 def per_image_alignment(images: Tensor, prompts: Tensor) -> Tensor:
     """Returns the cosine of each image to its own prompt, (N,) in [-1, 1]; see `prompt_alignment`."""
-    images, prompts = _unit(images, "images"), _unit(prompts, "prompts")
+    images, prompts = unit_rows(images, "images"), unit_rows(prompts, "prompts")
     if images.shape != prompts.shape:
         raise ValueError(f"prompts must hold one row for each image, {tuple(images.shape)}, got {tuple(prompts.shape)}")
     return (images * prompts).sum(dim=1)  # (N, D) -> (N,)
@@ -90,7 +88,7 @@ def drift(class_images: Tensor, subject: Tensor) -> Tensor:
 
     Source: Ruiz et al. 2023, sec. 4.3 ("PRES").
     """
-    return _cosines(class_images, subject, "class_images", "subject").mean()
+    return cosines_of(class_images, subject, "class_images", "subject").mean()
 
 
 def diversity(features: Tensor, groups: Tensor) -> Tensor:
@@ -111,7 +109,7 @@ def diversity(features: Tensor, groups: Tensor) -> Tensor:
 
     Source: Ruiz et al. 2023, sec. 4.3 ("DIV"), with another distance.
     """
-    units = _unit(features, "features")
+    units = unit_rows(features, "features")
     return diversity_of_distances(1 - units @ units.T, groups)
 
 
@@ -163,91 +161,6 @@ def macro_mean(values: Tensor, groups: Tensor) -> Tensor:
     return (sums / place.bincount(minlength=len(labels))).mean()
 
 
-def real_photo_oracle(subject: Tensor, self_pairs: bool = False) -> Tensor:
-    """Returns the fidelity of the real photos to each other: what a perfect model could reach.
-
-    Args:
-        subject: features of the subject's photos, (M, D): identity for the mark of `identity_fidelity`, image for that of `image_fidelity`.
-        self_pairs: also count each photo against itself (cosine 1), which adds (1 - oracle) / M.
-            Published oracles (0.774 in Ruiz et al. 2023, table 1) very probably do.
-
-    Returns:
-        A scalar in [-1, 1]; NaN if there is no pair.
-
-    Raises:
-        ValueError: the shape is not (M, D).
-    """
-    if self_pairs:
-        return _cosines(subject, subject, "subject", "subject").mean()
-    return _mean_of_pairs(_unit(subject, "subject"))
-
-
-class NearestPhoto(NamedTuple):
-    """The training photo that each generated image is most like."""
-
-    cosine: Tensor  # (N,) in [-1, 1]; NaN if there is no photo
-    index: Tensor  # (N,) of the photo; -1 if there is none
-
-
-def nearest_photo(generated: Tensor, subject: Tensor) -> NearestPhoto:
-    """Returns for each generated image the largest cosine to a training photo, and which photo that is (the first of equals).
-
-    Args:
-        generated: identity features of the generated images, (N, D).
-        subject: identity features of the training photos, (M, D).
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    cosines = _cosines(generated, subject, "generated", "subject")  # (N, M)
-    if not cosines.shape[1]:
-        return NearestPhoto(cosines.new_full((len(cosines),), float("nan")), torch.full((len(cosines),), -1, device=cosines.device))
-    return NearestPhoto(*cosines.max(dim=1))
-
-
-def nearest_of_real_photos(subject: Tensor, held_out: Tensor | None = None) -> Tensor:
-    """Returns how near a real photo of the subject that is no copy comes to its nearest training photo: the mark of `memorisation`.
-
-    Args:
-        subject: identity features of the training photos, (M, D).
-        held_out: identity features of photos of the subject that were not trained on, (K, D): then their mean largest cosine to the
-            training photos. None: each training photo is held against the others in turn.
-
-    Returns:
-        A scalar in [-1, 1]; NaN with a single photo and nothing held out.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    if held_out is not None:
-        return nearest_photo(held_out, subject).cosine.mean()
-    cosines = _cosines(subject, subject, "subject", "subject")
-    if len(cosines) < 2:
-        return cosines.new_tensor(float("nan"))
-    return cosines.fill_diagonal_(-torch.inf).amax(dim=1).mean()  # (M, M) -> scalar
-
-
-def memorisation(generated: Tensor, subject: Tensor, held_out: Tensor | None = None) -> Tensor:
-    """Returns how much closer each generated image is to a training photo than a real photo that is no copy.
-
-    The largest cosine of identity features to a training photo (`nearest_photo`), minus the same of real photos
-    (`nearest_of_real_photos`: held-out ones, else leave-one-out over the training photos, which then have one photo fewer to be near to).
-
-    Args:
-        generated: identity features of the generated images, (N, D).
-        subject: identity features of the training photos, (M, D).
-        held_out: identity features of photos that were not trained on, (K, D), or None.
-
-    Returns:
-        (N,) in [-2, 2], **lower** is better: about 0 for real photos of the subject, above it for copies, below it for images that are
-        less like any photo. NaN if there is nothing to compare with.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    return nearest_photo(generated, subject).cosine - nearest_of_real_photos(subject, held_out)
-
-
 def paired_drift(tuned: Tensor, base: Tensor) -> Tensor:
     """Returns how far each image has moved from what the un-tuned base draws: 1 - cosine of the two, one to one ("other_class_drift").
 
@@ -261,55 +174,28 @@ def paired_drift(tuned: Tensor, base: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    tuned, base = _unit(tuned, "tuned"), _unit(base, "base")
+    tuned, base = unit_rows(tuned, "tuned"), unit_rows(base, "base")
     if tuned.shape != base.shape:
         raise ValueError(f"base must hold one row for each tuned image, {tuple(tuned.shape)}, got {tuple(base.shape)}")
     return 1 - (tuned * base).sum(dim=1)  # (N, D) -> (N,)
 
 
-def copy_baseline(identity: Tensor, image: Tensor, prompts: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
-    """Returns the scores of a model that copies: its images for every prompt are the subject's photos.
-
-    No fidelity should be higher and no alignment lower; a model that comes near it on both has learned the photos, not the subject.
-
-    Args:
-        identity: identity features of the photos, (M, D).
-        image: image features of the photos, (M, E).
-        prompts: text features of the prompts, (P, E).
-        held_out: identity features of photos that were not trained on, (K, D), or None.
-
-    Returns:
-        identity_fidelity and image_fidelity (each copy against all photos, so with itself), prompt_alignment (all pairs of photo and
-        prompt), diversity (of the photos) and memorisation, by their keys in METRICS.
-
-    Raises:
-        ValueError: the shapes do not fit.
-    """
-    return {
-        "identity_fidelity": float(real_photo_oracle(identity, self_pairs=True)),
-        "image_fidelity": float(real_photo_oracle(image, self_pairs=True)),
-        "prompt_alignment": float(_cosines(image, prompts, "image", "prompts").mean()),
-        "diversity": float(1 - real_photo_oracle(identity)),
-        "memorisation": float(memorisation(identity, identity, held_out).mean()),
-    }
-
-
-def _unit(features: Tensor, name: str) -> Tensor:
+def unit_rows(features: Tensor, name: str) -> Tensor:
     """Returns the rows scaled to length 1, in float32 or better; a row of zeros stays zero."""
     if features.ndim != 2:
         raise ValueError(f"{name} must be features of shape (images, dimensions), got {tuple(features.shape)}")
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
-def _cosines(a: Tensor, b: Tensor, a_name: str, b_name: str) -> Tensor:
+def cosines_of(a: Tensor, b: Tensor, a_name: str, b_name: str) -> Tensor:
     """Returns the cosine of every row of a (N, D) to every row of b (M, D): (N, M)."""
-    a, b = _unit(a, a_name), _unit(b, b_name)
+    a, b = unit_rows(a, a_name), unit_rows(b, b_name)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a_name} and {b_name} must have features of one encoder, got {a.shape[1]} and {b.shape[1]} dimensions")
     return a @ b.T
 
 
-def _mean_of_pairs(units: Tensor) -> Tensor:
+def mean_of_pairs(units: Tensor) -> Tensor:
     """Returns the mean cosine over pairs of two different rows of unit vectors (K, D); NaN if K < 2."""
     rows, columns = torch.triu_indices(len(units), len(units), offset=1, device=units.device)
     return (units @ units.T)[rows, columns].mean()  # (K, K) -> (K (K - 1) / 2,) -> scalar

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from dreambooth.metrics import diversity, diversity_of_distances, memorisation, paired_drift, per_image_alignment, per_image_fidelity
-from dreambooth.pixel_metrics import color_drift, sharpness
+from dreambooth.metrics.cosines import diversity, diversity_of_distances, paired_drift, per_image_alignment, per_image_fidelity
+from dreambooth.metrics.pixels import color_drift, sharpness
+from dreambooth.metrics.real_photos import memorisation
 
 
 class _MeanOfImages(Metric):

@@ -1,0 +1,1 @@
+"""Pure scores of features and pixels, the table that names them all, and their shells for torchmetrics."""
