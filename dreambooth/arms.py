@@ -1,7 +1,7 @@
 """What sets runs apart: the names of the arms of a study, as "prior=none" or "method=lora, method.rank=8"."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dreambooth.config import CHOICES, NOT_SCIENCE, Config, from_plain, to_plain
@@ -12,6 +12,7 @@ OF_THE_SUBJECT = ("subject.name", "subject.class_noun", "subject.lab_seed", "dat
 NO_SETTING = (*NOT_SCIENCE, "seed", "data.subject_dir", "data.dreambench", "subject.name", "trainer.accelerator")
 AS_TYPED = {"None": "null", "True": "true", "False": "false", "": "''"}
 PLAIN_WORD = re.compile(r"[A-Za-z_][\w.]*")  # needs no quotes on the command line
+LONG = 30  # characters of a list above which the name of an arm has it in brief
 CHOSEN = tuple(f"{group}.name" for group, kinds in CHOICES.items() if len(kinds) > 1)  # what the user chooses by a word
 
 
@@ -34,7 +35,12 @@ def settings_that_differ(runs: Sequence[tuple[str, Config]]) -> list[str]:
             recipe_settings(config, {group: plain.get(f"{group}.name") for group in CHOICES}) for (_, config), plain in zip(runs, flat, strict=True)
         ]
         varied -= {key for key in varied - {*CHOSEN} if all(recipe.get(key) == plain.get(key) for recipe, plain in zip(recipes, flat, strict=True))}
-    return [", ".join(f"{key.removesuffix('.name')}={plain[key]}" for key in sorted(varied) if key in plain) for plain in flat]
+    brief = [flattened(to_plain(config), in_brief) for _, config in runs]
+    shown = {key: flat if _is_lost(key, flat, brief) else brief for key in sorted(varied)}
+    return [
+        ", ".join(f"{key.removesuffix('.name')}={texts[number][key]}" for key, texts in shown.items() if key in texts[number])
+        for number in range(len(runs))
+    ]
 
 
 def axes(arm: str) -> dict[str, str]:
@@ -43,12 +49,13 @@ def axes(arm: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in parts)
 
 
-def recipe_settings(config: Config, names: Mapping[str, str]) -> dict[str, str]:
+def recipe_settings(config: Config, names: Mapping[str, str], write: Callable[[Any], str] | None = None) -> dict[str, str]:
     """Returns the settings that a config's base and subject get when nothing but some choices is asked for; {} where that cannot be told.
 
     Args:
         config: resolved.
         names: of the choices, by their group: {"method": "lora", ...}.
+        write: gives a value as text; None: `as_typed`.
 
     Returns:
         Values as text by dotted name.
@@ -57,17 +64,9 @@ def recipe_settings(config: Config, names: Mapping[str, str]) -> dict[str, str]:
     kept = {"base": plain["base"], "subject": plain["subject"], "data": {"subject_dir": plain["data"]["subject_dir"]}}
     choices = {group: {"name": names[group]} for group in CHOICES if group != "base" and names.get(group)}
     try:
-        return flattened(to_plain(resolve(from_plain(kept | choices, "the recipe"))))
+        return flattened(to_plain(resolve(from_plain(kept | choices, "the recipe"))), write or as_typed)
     except UserError:
         return {}
-
-
-def flattened(plain: dict[str, Any], above: str = "") -> dict[str, str]:
-    """Returns a nested dict as text by dotted name, each value as one types it."""
-    found: dict[str, str] = {}
-    for key, value in plain.items():
-        found |= flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": as_typed(value)}
-    return found
 
 
 def as_typed(value: Any) -> str:
@@ -77,6 +76,20 @@ def as_typed(value: Any) -> str:
     return AS_TYPED.get(str(value), str(value))
 
 
+def in_brief(value: Any) -> str:
+    """Returns a setting as one types it, but of a list that is too long to stand in a table only the first entry and how many there are."""
+    typed = as_typed(value)
+    return f"[{as_typed(value[:1])[1:-1]}, ... {len(value)} in all]" if isinstance(value, list) and len(typed) > LONG and len(value) > 1 else typed
+
+
+def flattened(plain: dict[str, Any], write: Callable[[Any], str] = as_typed, above: str = "") -> dict[str, str]:
+    """Returns a nested dict as text by dotted name."""
+    found: dict[str, str] = {}
+    for key, value in plain.items():
+        found |= flattened(value, write, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": write(value)}
+    return found
+
+
 def _keys(flat: Sequence[dict[str, str]]) -> set[str]:
     return {key for plain in flat for key in plain}
 
@@ -84,6 +97,12 @@ def _keys(flat: Sequence[dict[str, str]]) -> set[str]:
 def _differs(flat: Sequence[dict[str, str]], key: str) -> bool:
     """Tells whether runs that have a setting have it differently; one that a choice lacks is told by the choice's name."""
     return len({plain[key] for plain in flat if key in plain}) > 1
+
+
+def _is_lost(key: str, flat: Sequence[dict[str, str]], brief: Sequence[dict[str, str]]) -> bool:
+    """Tells whether two values of a setting look the same in brief."""
+    full, short = ({plain[key] for plain in texts if key in plain} for texts in (flat, brief))
+    return len(short) < len(full)
 
 
 def _ignored(key: str) -> bool:

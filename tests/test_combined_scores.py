@@ -95,6 +95,16 @@ def test_setting_is_shown_as_the_command_line_takes_it(value: object, typed: str
     assert OverridesParser.create().parse_override(f"key={typed}").value() == value
 
 
+def test_long_list_is_named_in_brief_where_that_tells_the_arms_apart(make_config: Callable[..., Config]) -> None:
+    prompts = [f"a photo of a {{subject}} {place}" for place in ("at night", "in a city", "in the snow")]
+    lists = (prompts[:1], prompts, prompts[:2] + ["a {subject}"])
+    runs = [("a", make_config({"prior.name": "class_images", "prior.prompts": some})) for some in lists]
+    assert settings_that_differ(runs[:2]) == [
+        "prior.prompts=['a photo of a {subject} at night']", "prior.prompts=['a photo of a {subject} at night', ... 3 in all]",
+    ]  # fmt: skip
+    assert settings_that_differ(runs) == [f"prior.prompts={some}" for some in lists]  # two of them look the same in brief
+
+
 def test_class_noun_is_a_setting_where_one_subject_has_two(make_config: Callable[..., Config]) -> None:
     runs = [("a", make_config({"subject.name": "a", "subject.class_noun": noun})) for noun in ("dog", "animal")]
     assert settings_that_differ(runs) == ["subject.class_noun=dog", "subject.class_noun=animal"]

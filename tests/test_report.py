@@ -1,5 +1,6 @@
 """The report: what tells arms apart, what the answer rests on, what is shown of failures, and that every picture can be read aloud."""
 
+import html
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from dreambooth.arms import axes
 from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.report.data import read_header, read_study
-from dreambooth.report.figures import TITLES, heat_maps, subject_differences
+from dreambooth.report.figures import TITLES, bars, heat_maps, subject_differences
 from dreambooth.report.page import Report, Section, breakable, render, write_report
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table
@@ -287,3 +288,13 @@ def test_setting_breaks_behind_its_sign_and_not_inside_a_word_and_stays_escaped(
     assert str(breakable("subject.prompt_noun=mushroom, last step")) == "subject.prompt_noun=<wbr>mushroom, last step"
     assert str(breakable("modules=[to_q,to_k]")) == "modules=<wbr>[to_q,<wbr>to_k]"
     assert str(breakable("6,103,848 of <b>")) == "6,103,848 of &lt;b&gt;"
+
+
+def test_bars_name_arms_below_them_where_that_fits_and_in_the_legend_where_not(prior_group: Path, write_group: Callable[..., Path]) -> None:
+    arms = [({"prior.prompts": ["a photo of a {subject}"] * count}, 0.5, 0.1) for count in (2, 7, 8, 9)]
+    long = write_group(arms, group="prompts")
+    short, crowded = (read_study([group]) for group in (prior_group, long))
+    texts = [re.findall(r"<text[^>]*>([^<]+)</text>", bars(study, compare(study), "drift", "pres").svg) for study in (short, crowded)]
+    assert "prior=none" in texts[0] and not any("prior.prompts" in text for text in texts[0])
+    assert [text for text in texts[1] if text.startswith("prior.prompts=")] == [html.escape(arm, quote=False) for arm in crowded.arms]
+    assert texts[1].index("un-tuned base") < texts[1].index(html.escape(crowded.arms[0], quote=False))  # so they stand in the legend

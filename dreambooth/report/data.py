@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from dreambooth.arms import axes, recipe_settings, settings_that_differ
+from dreambooth.arms import as_typed, axes, in_brief, recipe_settings, settings_that_differ
 from dreambooth.combined_scores import ARM_WORDS, BASE
 from dreambooth.config import Config
 from dreambooth.errors import UserError
@@ -210,19 +210,19 @@ def _baseline(runs: Sequence[ScoredRun], arms: Sequence[str], asked: str | None)
         return fitting[0], "as asked for"
     for arm in arms:
         config = next(run.config for run in runs if run.arm == arm)
-        recipe = _recipe(config)
-        if arm != ONE_ARM and all(recipe.get(key, recipe.get(f"{key}.name")) == value for key, value in axes(arm).items()):
+        recipes = [_recipe(config, write) for write in (as_typed, in_brief)]
+        if arm != ONE_ARM and all(value in [recipe.get(key, recipe.get(f"{key}.name")) for recipe in recipes] for key, value in axes(arm).items()):
             return arm, "its settings are the recipe's"
     return arms[0], "the first of the sweep, as no arm has the recipe's settings"
 
 
-def _recipe(config: Config) -> dict[str, str]:
+def _recipe(config: Config, write: Callable[[Any], str]) -> dict[str, str]:
     """Returns the settings that this base and subject get when nothing is asked for, as text by dotted name; {} where that cannot be told."""
     train = CONF / "train.yaml"
     if not train.is_file():
         return {}
     entries = OmegaConf.to_container(OmegaConf.load(train))["defaults"]
-    return recipe_settings(config, {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()})
+    return recipe_settings(config, {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}, write)
 
 
 def _images(runs: Sequence[ScoredRun], order: Sequence[str]) -> pd.DataFrame:

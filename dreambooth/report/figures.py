@@ -19,6 +19,7 @@ from dreambooth.statistics.intervals import Interval, hierarchical_interval
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")  # Okabe & Ito 2008: told apart by the colour-blind
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # so that colour is never the only sign
 INK = "#1c1b1a"  # becomes the page's own text colour
+UNDER_BARS = 46  # characters that stand side by side below them; longer names go to the legend
 X, Y = "prompt_alignment", "identity_fidelity"  # of the course
 RATE = "optim.learning_rate"
 TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}
@@ -86,6 +87,8 @@ def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) 
     base = study.base[study.base.kind == info.kind]
     mark = hierarchical_interval(base[info.column], base.subject, base.seed.fillna(-1)).mean
 
+    fits = len(rows) * max(len(word) for row in rows for word in re.split(r"(?<=[ =,])", row.arm)) <= UNDER_BARS
+
     def draw(ax: Any) -> None:
         for k, row in enumerate(rows):
             error = _whiskers([row.mean])
@@ -93,6 +96,7 @@ def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) 
                 k,
                 row.mean.mean,
                 0.6,
+                label=None if fits else row.arm,
                 color=COLORS[k % len(COLORS)],
                 yerr=error,
                 ecolor=INK,
@@ -103,7 +107,7 @@ def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) 
             )
         ax.axhline(mark, color=INK, ls="--", lw=1, label="un-tuned base")
         ax.axhline(0, color=INK, lw=0.6)
-        ax.set_xticks(range(len(rows)), [_wrapped(row.arm) for row in rows])
+        ax.set_xticks(*((range(len(rows)), [_wrapped(row.arm.replace("=", "= ")).replace("= ", "=") for row in rows]) if fits else ([],)))
         ax.set_ylabel(f"{info.title.lower()} ({info.direction} is better)")
 
     values = "; ".join(f"{row.arm} {_said(row.mean)}" for row in rows)
@@ -128,7 +132,7 @@ def paired_dots(study: Study, key: str) -> Plot | None:
         ax.axvline(0, color=INK, lw=0.8)
         ax.set_yticks(range(len(order)), order)
         ax.set_ylim(-0.6, len(order) - 0.4)
-        ax.set_xlabel(f"{TITLES[key].title.lower()}, minus {baseline}")
+        ax.set_xlabel(_wrapped(f"{TITLES[key].title.lower()}, minus {baseline}", 50))
 
     values = "; ".join(f"{row.subject}, {row.label} {row.difference:+.2f}" for row in found.itertuples())
     caption = f"One dot a subject and arm, paired by prompt and noise, sorted; {TITLES[key].direction} is better."
@@ -197,7 +201,9 @@ def _plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], N
         draw(ax)
         handles, labels = ax.get_legend_handles_labels()
         if handles:
-            figure.legend(handles, [_wrapped(label, 60) for label in labels], loc="outside lower center", fontsize=9)
+            texts = [_wrapped(label, 60) for label in labels]
+            figure.set_figheight(max(3.7, 2.9 + 0.18 * sum(1 + text.count("\n") for text in texts)))  # room for the names of many arms
+            figure.legend(handles, texts, loc="outside lower center", fontsize=9)
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.savefig(png, format="png", dpi=120, facecolor="white", metadata={"Software": None})
     return Plot(name, title, caption, alt, _inline(svg.getvalue(), name), png.getvalue())
