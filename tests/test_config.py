@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from small_runs import first_value
 
 from dreambooth import cli
-from dreambooth.adapters.lora import ATTENTION, EVERY_BLOCK
+from dreambooth.adapters.lora import ATTENTION, WITH_CONVOLUTIONS
 from dreambooth.class_bank import images_wanted
 from dreambooth.config import (
     CHOICES,
@@ -271,7 +271,7 @@ def test_resolve_fills_every_null_that_the_recipe_knows(family: str, sd_plain: d
     assert wrong == {}
 
 
-@pytest.mark.parametrize(("family", "layers"), [("lab", EVERY_BLOCK), ("stable_diffusion", ATTENTION)])
+@pytest.mark.parametrize(("family", "layers"), [("lab", WITH_CONVOLUTIONS), ("stable_diffusion", ATTENTION)])
 def test_resolve_chooses_the_layers_of_a_lora_and_of_the_one_in_pivotal_tuning(family: str, layers: tuple[str, ...], sd_plain: dict) -> None:
     plain = LAB_PLAIN if family == "lab" else sd_plain
     alone, pivotal = (resolve(from_plain(plain | {"method": {"name": name}})).method for name in ("lora", "pivotal_tuning"))

@@ -15,7 +15,7 @@ from dreambooth.errors import ConfigError
 
 INITS = {"gaussian": "gaussian", "kaiming": True}  # our word -> peft's init_lora_weights; both start as the identity (B = 0)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of a UNet: the layers of Hu et al. 2022 and of the diffusers examples
-EVERY_BLOCK = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv2")  # and the feed-forward layers and the convolutions of the residual blocks
+WITH_CONVOLUTIONS = (*ATTENTION, "conv1", "conv2")  # those of the residual blocks too
 
 
 @dataclass(slots=True)
