@@ -295,11 +295,12 @@ def test_standardized_latents_have_mean_zero_and_decode_the_same(renders: Path) 
     assert torch.allclose(after.std / before.std, (after.std / before.std)[:1, :, :1, :1].expand_as(after.std), rtol=1e-3)
 
 
-def test_muon_agrees_with_torch_on_a_matrix() -> None:
+@pytest.mark.parametrize("decay", [0.0, 5.0])
+def test_muon_agrees_with_torch_on_a_matrix(decay: float) -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(24, 40), torch.randn(3, 24, 40)
     own, stock = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = [Muon([own], lr=0.02), torch.optim.Muon([stock], lr=0.02, weight_decay=0.0)]
+    optimizers = [Muon([own], lr=0.02, weight_decay=decay), torch.optim.Muon([stock], lr=0.02, weight_decay=decay)]
     for gradient in gradients:
         for weight, optimizer in zip((own, stock), optimizers, strict=True):
             weight.grad = gradient.clone()
@@ -340,6 +341,21 @@ def test_base_learns_from_its_own_classes_and_places_alone(finished: Path, tmp_p
     assert torch.equal(job.tokens[-1], token_ids(run.tokenizer, [rows[-1].caption])[0])
 
 
+def test_shut_gates_are_seen(finished: Path) -> None:
+    """A feed-forward layer whose gates let nothing through is told apart from one that works, by its name."""
+    from dreambooth.lab.pretraining.denoiser import watched_gates
+
+    model = StableDiffusion(path=str(finished / "base")).load()
+    layers = {name: layer for name, layer in model.unet.named_modules() if name.endswith("ff.net.0")}
+    shut, open_ = list(layers)[0], list(layers)[1]
+    with torch.no_grad():
+        layers[shut].proj.bias[len(layers[shut].proj.bias) // 2 :] = -100.0
+        with watched_gates(model.unet) as shares:
+            model.unet(torch.randn(1, *model.latent_shape()), torch.tensor([500]), torch.randn(1, 4, model.unet.config.cross_attention_dim))
+    assert shares[f"{shut[:-1]}2"] == [0.0] and shares[f"{open_[:-1]}2"][0] > 0.5 and len(shares) == len(layers)
+    assert not any(layer._forward_hooks for layer in model.unet.modules())
+
+
 def test_base_has_the_text_encoder_of_the_scorers_to_the_bit(finished: Path) -> None:
     own = StableDiffusion(path=str(finished / "base")).load().text_encoder.state_dict()
     theirs = LabScorers.load(finished / "scorers").text_encoder.text_model.state_dict()
@@ -377,7 +393,8 @@ def test_processes_must_share_a_batch_evenly(finished: Path) -> None:
 
 def test_muon_gets_hidden_matrices_only() -> None:
     network = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(16, 16, 3), "hidden": torch.nn.Conv2d(16, 16, 3), "norm": torch.nn.GroupNorm(4, 16)})
-    adamw, muon = make_optimizers([network], 0.02, 1e-3)
+    adamw, muon = make_optimizers([network], 0.02, 1e-3, matrix_decay=0.1)
+    assert muon.param_groups[0]["weight_decay"] == 0.1 and adamw.param_groups[0]["weight_decay"] == 0.0
     assert [weight.shape for weight in muon.param_groups[0]["params"]] == [(16, 16, 3, 3)]
     assert len(adamw.param_groups[0]["params"]) == 5
 

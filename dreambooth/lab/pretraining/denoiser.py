@@ -10,6 +10,8 @@ were found with it.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from dreambooth.randomness import SAMPLING, normal
 
 PREDICTION_TYPE = "sample"
 SHOWN_STEPS, SHOWN_GUIDANCE = 20, 3.0
+SHUT = 1e-3  # a hidden number of a feed-forward layer below this was shut off by its gate
 
 
 def new_unet(widths: tuple[int, ...], channels: int, text_width: int, groups: int, cells: int) -> Any:
@@ -123,7 +126,7 @@ class DenoiserJob(Job):
         self, recipe: dict[str, Any], tokenizer: Any, text_encoder: Any, vae: Any, renders: Renders, latents: Latents, shown: list[str], place: Place
     ) -> None:
         self.recipe, self.tokenizer, self.text_encoder, self.vae, self.renders = recipe, tokenizer, text_encoder, vae, renders
-        self.latents, self.shown, self.place = latents, shown, place
+        self.latents, self.shown, self.place, self.matrix_decay = latents, shown, place, recipe["matrix_decay"]
         self.batch_size, self.matrix_lr, self.other_lr = recipe["batch_size"], recipe["matrix_lr"], recipe["other_lr"]
         self.shape = (vae.config.latent_channels, *latents.moments.shape[-2:])
         torch.manual_seed(place.seed + 3)
@@ -155,10 +158,31 @@ class DenoiserJob(Job):
     @torch.no_grad()
     def measure(self, averages: dict[str, nn.Module]) -> tuple[dict[str, float], Image.Image]:
         model = assemble(averages["unet"], self.text_encoder, self.vae, self.tokenizer)
-        pictures = draw(model, self.shown, [(0, number) for number in range(len(self.shown))])
+        with watched_gates(averages["unet"]) as shares:
+            pictures = draw(model, self.shown, [(0, number) for number in range(len(self.shown))])
         real = self.renders.pixels(self.latents.numbers[:256].to(self.place.device))
         rows = [to_bytes(pictures[first : first + 12]) for first in range(0, len(pictures), 12)]
-        return {"sharpness_ratio": float(sharpness(pictures).mean() / sharpness(real).mean().cpu())}, image_grid(rows, scale=2)
+        ratio = float(sharpness(pictures).mean() / sharpness(real).mean().cpu())
+        return {"sharpness_ratio": ratio, "open_gates": min(torch.tensor(own).mean().item() for own in shares.values())}, image_grid(rows, scale=2)
+
+
+@contextmanager
+def watched_gates(unet: nn.Module) -> Iterator[dict[str, list[float]]]:
+    """Collects, of each feed-forward layer in each call of the network, the share of hidden numbers that its gates let through.
+
+    Near 0 a layer does nothing, and learns nothing any more: its gradient is gone. It happened to a base whose matrices grew without decay.
+    """
+    shares: dict[str, list[float]] = {}
+
+    def watch(name: str) -> Any:
+        return lambda layer, inputs, output: shares.setdefault(name, []).append(float((inputs[0].abs() > SHUT).float().mean()))
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in unet.named_modules() if name.endswith("ff.net.2")]
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def assemble(unet: Any, text_encoder: Any, vae: Any, tokenizer: Any) -> StableDiffusionModel:

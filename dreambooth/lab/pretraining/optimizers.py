@@ -62,11 +62,12 @@ class Muon(torch.optim.Optimizer):
         params: weights of two dimensions or more.
         lr: length of the update, as a spectral norm.
         momentum: share of the past in the (Nesterov) momentum, in [0, 1).
+        weight_decay: share of a weight that a step of length 1 takes away, apart from the gradient. Without it the matrices only grow.
         ranks: processes that train the same weights with the same gradients: each makes its share of the updates orthogonal, for all.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, ranks: Ranks = ALONE) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, ranks: Ranks = ALONE) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.ranks = ranks
 
     @torch.no_grad()
@@ -86,7 +87,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), weights, stack in zip(shapes, shapes.values(), updates, strict=True):
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for weight, update in zip(weights, stack, strict=True):
-                    weight.add_(update.reshape(weight.shape), alpha=-scale)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(weight.shape), alpha=-scale)
 
     def _share(self, stack: Tensor) -> Tensor:
         """Returns the orthogonal updates of this rank's share of the matrices (K, m, n), and zeros for those of the others."""
@@ -106,13 +107,16 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(state["momentum"], momentum)
 
 
-def make_optimizers(modules: Sequence[nn.Module], matrix_lr: float, other_lr: float, ranks: Ranks = ALONE) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    modules: Sequence[nn.Module], matrix_lr: float, other_lr: float, matrix_decay: float = 0.0, ranks: Ranks = ALONE
+) -> list[torch.optim.Optimizer]:
     """Returns Muon over the hidden matrices of the modules and AdamW over everything else.
 
     Args:
         modules: what is trained.
         matrix_lr: of Muon; 0.02 in most reports. 0 leaves everything to AdamW.
         other_lr: of AdamW.
+        matrix_decay: weight decay of Muon.
         ranks: as for `Muon`.
     """
     hidden, others = [], []
@@ -122,7 +126,7 @@ def make_optimizers(modules: Sequence[nn.Module], matrix_lr: float, other_lr: fl
             is_hidden = matrix_lr > 0 and is_matrix and not any(end in name for end in ENDS)
             (hidden if is_hidden else others).append(weight)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
-    return [*optimizers, Muon(hidden, matrix_lr, ranks=ranks)] if hidden else optimizers
+    return [*optimizers, Muon(hidden, matrix_lr, weight_decay=matrix_decay, ranks=ranks)] if hidden else optimizers
 
 
 def learning_rate_factor(step: int, total: int | None, warmup: int = 100, constant: float = 0.5) -> float:

@@ -56,6 +56,7 @@ class Job(ABC):
         networks: what is trained, by name; the averages of their weights are what is kept in the end.
         batch_size: pictures a step.
         matrix_lr, other_lr: of Muon and AdamW.
+        matrix_decay: weight decay of Muon.
         recipe: all that the result depends on, as plain values; a state of another recipe is refused.
     """
 
@@ -64,6 +65,7 @@ class Job(ABC):
     batch_size: int
     matrix_lr: float
     other_lr: float
+    matrix_decay: float = 0.0
     recipe: dict[str, Any]
 
     @abstractmethod
@@ -94,7 +96,7 @@ class Training:
         for network in job.networks.values():
             network.to(place.device, memory_format=torch.channels_last).train()
         self.averages = {name: deepcopy(network).eval().requires_grad_(False) for name, network in job.networks.items()}
-        self.optimizers = make_optimizers(list(job.networks.values()), job.matrix_lr, job.other_lr, place.ranks)
+        self.optimizers = make_optimizers(list(job.networks.values()), job.matrix_lr, job.other_lr, job.matrix_decay, place.ranks)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.weights = [weight for network in job.networks.values() for weight in network.parameters()]
         self.averaged = [weight for average in self.averages.values() for weight in average.parameters()]
