@@ -393,10 +393,11 @@ def test_processes_must_share_a_batch_evenly(finished: Path) -> None:
 
 def test_muon_gets_hidden_matrices_only() -> None:
     network = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(16, 16, 3), "hidden": torch.nn.Conv2d(16, 16, 3), "norm": torch.nn.GroupNorm(4, 16)})
+    network["ff"] = torch.nn.ModuleDict({"net": torch.nn.ModuleList([torch.nn.Linear(16, 64)])})  # gated layers are AdamW's
     adamw, muon = make_optimizers([network], 0.02, 1e-3, matrix_decay=0.1)
     assert muon.param_groups[0]["weight_decay"] == 0.1 and adamw.param_groups[0]["weight_decay"] == 0.0
     assert [weight.shape for weight in muon.param_groups[0]["params"]] == [(16, 16, 3, 3)]
-    assert len(adamw.param_groups[0]["params"]) == 5
+    assert len(adamw.param_groups[0]["params"]) == 7
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:

@@ -11,6 +11,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan 2024
 ITERATIONS = 5
 SMALLEST_SIDE = 16  # matrices below this gain nothing from being made orthogonal
 ENDS = ("emb", "conv_in", "conv_out", "quant_conv", "stem", "head", "projection", "logit_scale")  # first and last layers, embeddings: AdamW
+GATED = ("ff.net.",)  # feed-forward layers with gates, AdamW too: by Muon the gates shut, for good, as a full step is made of no gradient as well
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def make_optimizers(
     for module in modules:
         for name, weight in module.named_parameters():
             is_matrix = weight.ndim >= 2 and min(len(weight), weight[0].numel()) >= SMALLEST_SIDE
-            is_hidden = matrix_lr > 0 and is_matrix and not any(end in name for end in ENDS)
+            is_hidden = matrix_lr > 0 and is_matrix and not any(part in name for part in (*ENDS, *GATED))
             (hidden if is_hidden else others).append(weight)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     return [*optimizers, Muon(hidden, matrix_lr, weight_decay=matrix_decay, ranks=ranks)] if hidden else optimizers

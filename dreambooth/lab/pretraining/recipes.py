@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "contexts": len(TRAINED_CONTEXTS),
         "batch_size": 512,
         "matrix_lr": 0.02,
-        "matrix_decay": 0.1,  # Liu et al. 2025 (Moonlight); without it the gates of all feed-forward layers were shut after 118,000 pictures
+        "matrix_decay": 0.1,  # Liu et al. 2025 (Moonlight)
         "other_lr": 1.2e-3,
         "widths": [64, 160, 192],
         "groups": 8,
