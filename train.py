@@ -176,7 +176,7 @@ def watchers(
 
     selection = SelectionScores(run, config, read_photos(run), encoders, metrics, own)
     rehearsal, finite, state_keeper = Rehearsal(run, config), StopAtNonFinite(own), ContinueState(run, config.trainer.checkpoint_every)
-    fixed = FixedBatchLoss(config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics, own)
+    fixed = FixedBatchLoss(run, config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics, own)
     if not own.is_first:
         return [], [rehearsal, finite, fixed, selection, state_keeper], selection
     progress = ProgressLine(config.trainer.progress_bar, selection)

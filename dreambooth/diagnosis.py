@@ -13,8 +13,6 @@ from dreambooth.step_choice import StepScores
 LEARNED_SHARE = 0.5  # of the way from the base to real photos; below it an image is nearer to any member of the class than to the subject
 NOTICEABLE_FIDELITY = 0.1  # cosine; a difference that people clearly notice (Ruiz et al. 2023, sec. 4.2), where there is no mark to go to
 COPYING = 0.05  # cosine above real photos' nearest neighbour, which itself rests on a few photos; half of what people notice
-ALIGNMENT_LOSS = 0.05  # share of the base's prompt alignment; what the rule for the best step tolerates
-DRIFT_GAIN = 0.1  # cosine; prior preservation moves drift by 0.17 (Ruiz et al. 2023, table 3), so this is over half of its effect
 CLASS_DIVERSITY_LOSS = 0.4  # share; on the lab, good recipes lose up to 0.3, tuning without a prior loses 0.75
 COLOR_DRIFT = 0.3  # total variation; about a third of the colours of another class's picture moved
 SHARPNESS_LOSS = 0.2  # share of the base's sharpness; a slight blur costs more than that
@@ -44,6 +42,8 @@ class Setting(NamedTuple):
 
     max_steps: int
     eval_every: int
+    min_alignment_ratio: float  # what the rule for the best step tolerates is no complaint
+    max_drift_gain: float
     learning_rate: float
     photos: int
     prior_weight: float | None  # None: no prior
@@ -115,7 +115,7 @@ def diagnose(
     Returns:
         The findings: the four first, then other classes, quality and length. A score that is missing or NaN leaves its complaint open.
     """
-    verdicts = _four(base, best, references, differences.get("best - base", {}))
+    verdicts = _four(base, best, references, differences.get("best - base", {}), setting)
     length = _length(best, course)
     may_rise = length[0] == TOO_SHORT if length else len(course) < 2 and best.get("step") == setting.max_steps  # unknown without a course
     findings = [Finding(name, v.evidence, _advice(name, best, setting, may_rise)) for name, v in verdicts.items() if v.shown]
@@ -123,20 +123,21 @@ def diagnose(
     if length is not None:
         complaint, evidence = length
         if complaint == TOO_LONG:
-            at_end = _four(base, final, references, differences.get("final - base", {}))
+            at_end = _four(base, final, references, differences.get("final - base", {}), setting)
             worse = [name for name in THE_FOUR if at_end[name].shown and not verdicts[name].shown]
             evidence += f"; of the last step, unlike it: {', '.join(worse)}" if worse else ""
         findings.append(Finding(complaint, evidence, _advice(complaint, best, setting, may_rise)))
     return Diagnosis(findings, [f"{name}: {v.evidence}" for name, v in verdicts.items() if v.is_open])
 
 
-def _four(base: Row, tuned: Row, references: Mapping[str, Row], differences: Row) -> dict[str, _Verdict]:
+def _four(base: Row, tuned: Row, references: Mapping[str, Row], differences: Row, setting: Setting) -> dict[str, _Verdict]:
     """Returns the verdict on each of the four complaints for one tuned step."""
+    alignment_loss = (1 - setting.min_alignment_ratio) * abs(_number(base, "prompt_alignment"))
     return {
         NOT_LIKE: _not_like(_change("identity_fidelity", base, tuned, differences), base, references),
         LIKE_PHOTOS: _like_photos(tuned, references),
-        OTHER_CONTEXTS: _loss("prompt_alignment", base, tuned, differences, ALIGNMENT_LOSS * abs(_number(base, "prompt_alignment"))),
-        WHOLE_CLASS: _whole_class(base, tuned, differences),
+        OTHER_CONTEXTS: _loss("prompt_alignment", base, tuned, differences, alignment_loss),
+        WHOLE_CLASS: _whole_class(base, tuned, differences, setting.max_drift_gain),
     }
 
 
@@ -168,9 +169,9 @@ def _like_photos(tuned: Row, references: Mapping[str, Row]) -> _Verdict:
     return _Verdict(is_large and lower > 0, is_large and lower <= 0, words)
 
 
-def _whole_class(base: Row, tuned: Row, differences: Row) -> _Verdict:
+def _whole_class(base: Row, tuned: Row, differences: Row, max_drift_gain: float) -> _Verdict:
     """Says whether the class moved towards the subject, or its images have become alike."""
-    drift = _loss("drift", base, tuned, differences, DRIFT_GAIN, up_is_good=False)
+    drift = _loss("drift", base, tuned, differences, max_drift_gain, up_is_good=False)
     alike = _loss("class_diversity", base, tuned, differences, CLASS_DIVERSITY_LOSS * abs(_number(base, "class_diversity")))
     shown = [verdict.evidence for verdict in (drift, alike) if verdict.shown]
     if shown:

@@ -26,8 +26,8 @@ class Item(NamedTuple):
     key: tuple[int, int, int, int]  # (evaluation seed, subject, template, k): the noise, shared by every step, arm and training seed
 
 
-def plan(config: Config, templates: Sequence[str], images_per_prompt: int) -> list[Item]:
-    """Returns what is drawn: the subject in each template, and the class alone for drift."""
+def plan(config: Config, templates: Sequence[str], images_per_prompt: int, purpose: str = "") -> list[Item]:
+    """Returns what is drawn: the subject in each template, and the class alone for drift, with noise of its own for each purpose."""
     subject, settings = config.subject, config.evaluation
     items = [
         Item("subject", template, subject.in_prompt(template), subject.class_in_prompt(template), _key(config, template, k))
@@ -35,13 +35,13 @@ def plan(config: Config, templates: Sequence[str], images_per_prompt: int) -> li
         for k in range(images_per_prompt)
     ]
     prompt = subject.class_in_prompt(settings.class_prompt)
-    keys = [_key(config, f"class:{settings.class_prompt}", k) for k in range(settings.class_images)]
+    keys = [_key(config, f"{purpose}class:{settings.class_prompt}", k) for k in range(settings.class_images)]
     return items + [Item("class", settings.class_prompt, prompt, prompt, key) for key in keys]
 
 
 def selection_plan(config: Config) -> list[Item]:
-    """Returns the small plan that chooses the step."""
-    return plan(config, config.evaluation.selection_prompts, config.evaluation.selection_images)
+    """Returns the small plan that chooses the step; it shares no noise with the final one, the class's images included."""
+    return plan(config, config.evaluation.selection_prompts, config.evaluation.selection_images, "selection ")
 
 
 def final_plan(config: Config) -> list[Item]:

@@ -53,7 +53,7 @@ def evaluate_run(
     Args:
         run: a run with weights.
         config: the run's config, perhaps with other evaluation settings.
-        arms: "best" (the chosen step), "final" (the last step; left out when it is the best one); "base" (un-tuned) is always scored.
+        arms: "best" (the chosen step), "final" (the last step; not drawn again when it is the best one); "base" (un-tuned) is always scored.
         progress: shows how far the drawing is.
         suffix: put behind the names of what is written, so that other prompts do not overwrite the run's own scores.
         pictures: the same for the folder of the pictures; None: as `suffix`.
@@ -71,6 +71,8 @@ def evaluate_run(
     images, steps = _draw_arms(run, config, items, [arm for arm in ARMS if arm in arms or arm == "base"], folder, device, progress)
     photos, subject, truth = read_photos(run), run_reference(run, encoders), lab_truth(config, encoders)
     scores = {arm: score(images[arm], items, subject, encoders, images["base"], truth) for arm in images} if encoders else {}
+    if "final" in steps and "best" in scores:  # both steps have a row in every table of many runs, where they are one as well
+        scores.setdefault("final", scores["best"])
     result = {
         "format": 2,
         "evaluator": encoders.version if encoders else None,
@@ -178,15 +180,16 @@ def final_grid(photos: np.ndarray, items: Sequence[Item], images: dict[str, np.n
 def _draw_arms(
     run: RunFolder, config: Config, items: Sequence[Item], arms: Sequence[str], folder: Path, device: str, progress: Progress
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Returns the images and the step of each arm; draws what is not yet in the folder."""
+    """Returns the images and the step of each arm; draws what is not yet in the folder. A last step that is the best one has no images of its own."""
     base = load(run.path, "base").base.to(device)
     images: dict[str, np.ndarray] = {}
     steps: dict[str, int] = {}
     for arm in arms:
         step = 0 if arm == "base" else load_weights(run, arm, base)
-        if arm == "final" and step == steps.get("best"):
-            continue
+        same = arm == "final" and step == steps.get("best")
         steps[arm] = step
+        if same:
+            continue
         kept = find_kept(folder / arm, items, config, _arm_recipe(run, arm, step, device))
         there = f", {kept.there} of {len(items)} there already" if kept.there else ""
         with progress(len(items), f"final images, {arm} (step {step}{there})") as advance:

@@ -59,7 +59,7 @@ class _Limits(NamedTuple):
         return " and ".join(bounds) or "none, as the base was not scored"
 
 
-def choose_step(rows: Sequence[StepScores], min_alignment_ratio: float = 0.95, max_drift_gain: float = 0.1) -> Choice:
+def choose_step(rows: Sequence[StepScores], min_alignment_ratio: float, max_drift_gain: float) -> Choice:
     """Returns the best step by a rule declared beforehand: the most faithful one that has not lost too much.
 
     The rule: of the steps whose prompt alignment is at least `min_alignment_ratio` times the base's and whose drift is at most
@@ -102,7 +102,7 @@ def choose_step(rows: Sequence[StepScores], min_alignment_ratio: float = 0.95, m
     return Choice(best.step, f"no step is within the limits ({limits}); step {best.step} breaks them least: {_breach_words(best, limits)}")
 
 
-def stop_early(rows: Sequence[StepScores], patience: int, min_alignment_ratio: float = 0.95, max_drift_gain: float = 0.1) -> EarlyStop:
+def stop_early(rows: Sequence[StepScores], patience: int, min_alignment_ratio: float, max_drift_gain: float) -> EarlyStop:
     """Returns whether a run should end, by the rule of `choose_step`: no better step within so many evaluations.
 
     The best step so far is the one that `choose_step` gives; each later evaluation that the rule could judge, and that did not take its

@@ -53,6 +53,8 @@ def setting(run: RunFolder) -> Setting:
     return Setting(
         config.trainer.max_steps,
         config.trainer.eval_every,
+        config.evaluation.min_alignment_ratio,
+        config.evaluation.max_drift_gain,
         config.optim.learning_rate,
         photos=len(list((run.path / "photos").glob("*.png"))),
         prior_weight=getattr(config.prior, "weight", None),

@@ -25,6 +25,8 @@ NAN = math.nan
 SETTING = Setting(
     max_steps=400,
     eval_every=50,
+    min_alignment_ratio=0.95,
+    max_drift_gain=0.15,
     learning_rate=2e-4,
     photos=5,
     prior_weight=1.0,
@@ -121,6 +123,14 @@ def test_diagnosis_raises_what_the_interval_supports(scores, key: str, interval,
 def test_diagnosis_does_not_complain_of_a_loss_that_is_sure_but_small(scores, key: str, interval) -> None:
     diagnosis = _diagnose(scores, {key: interval})
     assert _complaints(diagnosis) == [] and diagnosis.unjudged == []
+
+
+def test_diagnosis_does_not_complain_of_what_the_rule_for_the_best_step_allows() -> None:
+    drift, alignment = {"drift": _interval(0.05, 0.19, 0.12)}, {"prompt_alignment": _interval(-0.10, -0.02, -0.06)}
+    assert _complaints(_diagnose({"drift": 0.12}, drift)) == []
+    assert _complaints(_diagnose({"drift": 0.12}, drift, setting=SETTING._replace(max_drift_gain=0.1))) == [WHOLE_CLASS]
+    assert _complaints(_diagnose({"prompt_alignment": 0.74}, alignment)) == [OTHER_CONTEXTS]
+    assert _complaints(_diagnose({"prompt_alignment": 0.74}, alignment, setting=SETTING._replace(min_alignment_ratio=0.9))) == []
 
 
 def test_diagnosis_needs_the_interval_of_memorisation_above_zero() -> None:

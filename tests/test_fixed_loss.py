@@ -9,7 +9,7 @@ from small_runs import make_photos, run, weights
 
 from dreambooth.callbacks import SelectionScores
 from dreambooth.diffusion import add_noise
-from dreambooth.fixed_loss import KEY, fixed_batch_loss
+from dreambooth.fixed_loss import KEY, fixed_batch_loss, fixed_latents
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.module import DreamBoothModule
 from dreambooth.photos import to_pixel_values
@@ -73,7 +73,7 @@ def test_fixed_batch_loss_is_the_mean_squared_error_written_out_by_hand(fresh_ba
     pictures = to_pixel_values(np.random.default_rng(0).integers(0, 256, (3, base.resolution, base.resolution, 3), dtype=np.uint8))
     keys = torch.tensor([[7, 0, k] for k in range(3)])
     base.unet.train()
-    got = fixed_batch_loss(module, pictures, "a photo of a sks dog", keys)
+    got = fixed_batch_loss(module, fixed_latents(module, pictures), "a photo of a sks dog", keys)
     assert base.unet.training
     acp, errors = base.alphas_cumprod, []
     base.eval()

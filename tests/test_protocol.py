@@ -79,7 +79,7 @@ def again(group: Path, **settings: object) -> dict:
 
 def test_reference_rows_are_always_there(group: Path) -> None:
     scores = json.loads((one(group).path / "scores.json").read_text())
-    assert [row["arm"] for row in scores["rows"]] == ["base", "best"] and scores["rows"][0]["step"] == 0
+    assert [row["arm"] for row in scores["rows"]] == ["base", "best", "final"] and scores["rows"][0]["step"] == 0
     assert set(scores["references"]) == {"real_photos", "real_photos_with_self_pairs", "copy_baseline"}
     assert {"identity_fidelity", "prompt_alignment", "image_fidelity"} <= scores["references"]["copy_baseline"].keys()
 
@@ -202,7 +202,7 @@ def test_table_of_many_holds_every_image_of_every_run(group: Path, combined: dic
 
 def test_row_of_many_is_the_mean_over_subjects_of_their_own_scores(group: Path, combined: dict) -> None:
     own = [json.loads((one(group, name).path / "scores.json").read_text()) for name in SUBJECTS]
-    for arm, row in zip(("base", "best"), combined["rows"], strict=True):
+    for arm, row in zip(("base", "best", "final"), combined["rows"], strict=True):
         for key in ("identity_fidelity", "prompt_alignment", "drift", "class_diversity", "other_class_drift"):
             expected = np.mean([next(r for r in scores["rows"] if r["arm"] == arm)[key] for scores in own])
             assert row[key] == pytest.approx(expected, abs=1e-6), (arm, key)
@@ -210,6 +210,12 @@ def test_row_of_many_is_the_mean_over_subjects_of_their_own_scores(group: Path, 
     assert combined["rows"][1]["identity_fidelity_interval"]["unit"] == "subject"
     oracle = np.mean([scores["references"]["real_photos"]["identity_fidelity"] for scores in own])
     assert combined["references"]["real_photos"]["identity_fidelity"] == pytest.approx(oracle, abs=1e-6)
+
+
+def test_last_step_has_a_row_of_all_subjects_where_it_is_the_chosen_one(combined: dict) -> None:
+    last = combined["rows"][2]
+    assert last["arm"] == "last step" and last["subjects"] == len(SUBJECTS)
+    assert last["identity_fidelity"] == combined["rows"][1]["identity_fidelity"]
 
 
 def test_scores_are_split_by_kind_of_prompt(group: Path, combined: dict) -> None:

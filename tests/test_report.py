@@ -118,14 +118,6 @@ def test_scores_are_those_of_the_step_that_the_selection_prompts_chose(prior_gro
     assert compare(study, "final")["identity_fidelity"].rows[0].mean.mean == pytest.approx(subject_levels + 0.7)
 
 
-def test_best_step_stands_for_the_last_one_where_they_are_the_same(prior_group: Path) -> None:
-    for path in prior_group.glob("*/scores.parquet"):
-        frame = pd.read_parquet(path)
-        frame[frame.arm != "final"].to_parquet(path)
-    study = read_study([prior_group])
-    assert compare(study, "final")["drift"].rows[1].difference.mean == pytest.approx(0.3)
-
-
 def test_course_has_every_step_of_a_run_and_its_front(prior_group: Path) -> None:
     points = course(read_study([prior_group]))
     assert [(point.arm, point.step) for point in points] == [(arm, step) for arm in ("prior=class_images", "prior=none") for step in STEPS]

@@ -3,13 +3,16 @@
 import math
 import random
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
 
-from dreambooth.step_choice import StepScores, choose_step, dvar_ratio, stop_early
+from dreambooth import step_choice
+from dreambooth.step_choice import StepScores, dvar_ratio
 
 NAN = math.nan
+choose_step, stop_early = (partial(rule, min_alignment_ratio=0.95, max_drift_gain=0.1) for rule in (step_choice.choose_step, step_choice.stop_early))
 BASE = StepScores(0, 0.2, 0.30, 0.10, 0.5)
 
 

@@ -226,11 +226,9 @@ def _recipe(config: Config, write: Callable[[Any], str]) -> dict[str, str]:
 
 
 def _images(runs: Sequence[ScoredRun], order: Sequence[str]) -> pd.DataFrame:
-    """Returns the scores of every image of all runs; where the best step is the last one, it stands for both."""
+    """Returns the scores of every image of all runs."""
     frames = []
     for run in sorted(runs, key=lambda run: order.index(run.arm)):
         frame = pd.read_parquet(run.folder.path / "scores.parquet").assign(label=run.arm, subject=run.subject, seed=run.config.seed)
-        if not (frame.arm == "final").any():
-            frame = pd.concat([frame, frame[frame.arm == "best"].assign(arm="final")], ignore_index=True)
         frames.append(frame.assign(run=run.folder.path.name))
     return pd.concat(frames, ignore_index=True)
