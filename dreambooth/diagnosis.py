@@ -13,7 +13,7 @@ from dreambooth.step_choice import StepScores
 LEARNED_SHARE = 0.5  # of the way from the base to real photos; below it an image is nearer to any member of the class than to the subject
 NOTICEABLE_FIDELITY = 0.1  # cosine; a difference that people clearly notice (Ruiz et al. 2023, sec. 4.2), where there is no mark to go to
 COPYING = 0.05  # cosine above real photos' nearest neighbour, which itself rests on a few photos; half of what people notice
-CLASS_DIVERSITY_LOSS = 0.4  # share; on the lab, good recipes lose up to 0.3, tuning without a prior loses 0.75
+CLASS_DIVERSITY_LOSS = 0.4  # share; on the lab good recipes lose up to 0.3, tuning without a prior 0.45 to 0.6
 COLOR_DRIFT = 0.3  # total variation; about a third of the colours of another class's picture moved
 SHARPNESS_LOSS = 0.2  # share of the base's sharpness; a slight blur costs more than that
 STILL_RISING = 0.02  # cosine from one evaluation to the next; under it the curve is flat to the eye

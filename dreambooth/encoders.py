@@ -190,7 +190,7 @@ class Encoders:
         Encoders.check(self)  # the small file first: the large ones may take a download
         loaded = self._load(device)
         if self.lpips_backbone is None:
-            loaded.version += "; no LPIPS weights: diversity by identity features alone"
+            loaded.version += "; diversity by 1 - MS-SSIM, no LPIPS weights"
             return loaded
         from dreambooth.perceptual import Lpips
 

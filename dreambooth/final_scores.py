@@ -22,7 +22,7 @@ from dreambooth.files import write_json, write_png, write_with
 from dreambooth.generation import pick_device
 from dreambooth.grids import image_grid
 from dreambooth.lab_truth import lab_truth
-from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, PAIRWISE, MetricInfo
 from dreambooth.ranks import Ranks
 from dreambooth.runs import RunFolder, load, load_weights
 from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, references, score
@@ -268,6 +268,6 @@ def _paired(tuned: pd.DataFrame, base: pd.DataFrame, info: MetricInfo) -> Interv
     a, b = tuned[info.column][rows].to_numpy(float), base[info.column][rows].to_numpy(float)
     if info.kind != "class":
         return paired_difference(a, b, tuned.template[rows].to_numpy(), unit="prompt")
-    if info.key == "class_diversity":
+    if info.column in PAIRWISE:
         a, b = pair_mean_pseudovalues(a), pair_mean_pseudovalues(b)
     return paired_difference(a, b, unit="image")  # all class images share one prompt

@@ -14,7 +14,7 @@ from dreambooth.evaluation import Item
 from dreambooth.metrics import cosines, pixels, real_photos
 from dreambooth.metrics.masked_identity import Foreground, foreground, masked_features
 from dreambooth.metrics.states import within_groups
-from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, PAIRWISE, MetricInfo
 from dreambooth.statistics.intervals import Interval, bootstrap_interval
 from dreambooth.step_choice import StepScores
 
@@ -112,7 +112,7 @@ def score(
     rows["memorisation"] = real_photos.memorisation(identity, reference.identity, reference.held_out_identity).numpy()
     rows["masked_identity"] = masked.numpy()
     rows["sharpness"] = _sharpness(images, reference).numpy()
-    rows["diversity"] = cosines.per_image_diversity(1 - identity @ identity.T, _groups(items)).numpy()
+    rows["diversity"] = _per_image_diversity(pixels.structural_distances, images, items)
 
     def add(column: str, kind: str, values: Tensor) -> None:
         rows[column] = NAN
@@ -123,7 +123,10 @@ def score(
     add("image", "subject", cosines.per_image_fidelity(features, reference.image))
     add("alignment", "subject", cosines.per_image_alignment(features, _texts([item.scored_prompt for item in own], encoders)))
     add("alignment_with_identifier", "subject", cosines.per_image_alignment(features, _texts([item.prompt for item in own], encoders)))
-    add("lpips_diversity", "subject", _lpips(images[kinds == "subject"], own, encoders))
+    if encoders.perceptual is not None:
+        rows["lpips_diversity"] = _per_image_diversity(encoders.perceptual.distances, images, items)
+    of_class = identity[torch.from_numpy(kinds == "class")]
+    add("identity_diversity", "class", cosines.per_image_diversity(1 - of_class @ of_class.T, torch.zeros(len(of_class), dtype=torch.long)))
     drifts = _other_classes(images, base_images, kinds, identity, encoders)
     add("other_class_drift", "other", drifts[0])
     add("other_class_color_drift", "other", drifts[1])
@@ -151,11 +154,14 @@ def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEnc
     if reference.foreground is not None:
         for name, self_pairs in with_self_pairs:
             found[name]["masked_identity"] = float(real_photos.real_photo_oracle(reference.foreground.photos, self_pairs))
-    found["real_photos"] |= {"diversity": float(1 - real_photos.real_photo_oracle(reference.identity)), "sharpness": 1.0}
+    apart = pixels.structural_distances(torch.from_numpy(reference.photos))  # as `diversity` of the photos
+    apart = float(cosines.diversity_of_distances(apart, torch.zeros(len(apart), dtype=torch.long)))
+    found["real_photos"] |= {"diversity": apart, "sharpness": 1.0}
     if len(reference.identity) > 1 or reference.held_out_identity is not None:
         found["real_photos"]["memorisation"] = 0.0  # the mark that it is measured from
     texts = encoders.text(list(dict.fromkeys(prompts)))
-    found["copy_baseline"] = real_photos.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity) | {"sharpness": 1.0}
+    found["copy_baseline"] = real_photos.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity)
+    found["copy_baseline"] |= {"diversity": apart, "sharpness": 1.0}
     return found
 
 
@@ -188,12 +194,10 @@ def _sharpness(images: np.ndarray, reference: Reference) -> Tensor:
     return pixels.sharpness(torch.from_numpy(images), torch.from_numpy(reference.photos))
 
 
-def _lpips(images: np.ndarray, items: Sequence[Item], encoders: LoadedEncoders) -> Tensor:
-    """Returns each image's mean LPIPS distance to the others of its prompt, (N,); NaN without LPIPS."""
-    if encoders.perceptual is None:
-        return torch.full((len(images),), NAN)
+def _per_image_diversity(distances: Callable[[Tensor], Tensor], images: np.ndarray, items: Sequence[Item]) -> np.ndarray:
+    """Returns each image's mean distance to the others of its prompt, (N,); NaN for one that is alone."""
     groups = _groups(items)
-    return cosines.per_image_diversity(within_groups(encoders.perceptual.distances, torch.from_numpy(images), groups), groups)
+    return cosines.per_image_diversity(within_groups(distances, torch.from_numpy(images), groups), groups).numpy()
 
 
 def _other_classes(
@@ -217,7 +221,7 @@ def _values(rows: pd.DataFrame) -> dict[str, float]:
     """Returns each score that can be measured: the macro mean of its column over the prompts of its kind (class images share one prompt)."""
     found = {}
     for info, own in _by_score(rows):
-        if info.column in ("diversity", "lpips_diversity"):  # an image that is alone with its prompt says nothing
+        if info.column in PAIRWISE:  # an image that is alone with its prompt says nothing
             own = own[own.groupby("template").k.transform("size") > 1]
         column = own[info.column]
         if info.key in ALWAYS or not column.isna().all():
@@ -233,7 +237,7 @@ def _intervals(rows: pd.DataFrame) -> dict[str, Interval]:
         values = own[info.column].to_numpy(float)
         if np.isnan(values).all():
             continue
-        if info.key == "class_diversity":
+        if info.kind == "class" and info.column in PAIRWISE:
             found[info.key] = bootstrap_interval(pair_mean_pseudovalues(values), unit="image")
         elif info.kind == "class":
             found[info.key] = bootstrap_interval(values, unit="image")

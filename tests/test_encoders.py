@@ -400,7 +400,7 @@ def test_lab_version_hashes_the_weights() -> None:
     files = [SCORERS_FOLDER / f"{name}.safetensors" for name in ("identity", "image", "text")]
     expected = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     assert LabEncoders().load().version == (
-        f"lab: scorers; patches = the identity network's last map; sha256 {expected}; no LPIPS weights: diversity by identity features alone"
+        f"lab: scorers; patches = the identity network's last map; sha256 {expected}; diversity by 1 - MS-SSIM, no LPIPS weights"
     )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreambooth.metrics import cosines, pixels, real_photos
 from dreambooth.metrics.states import (
-    Diversity,
     Drift,
+    IdentityDiversity,
     IdentityFidelity,
     ImageFidelity,
     MaskedIdentity,
@@ -55,7 +55,7 @@ CASES = {
     "other": (OtherClassDrift, lambda *a: cosines.paired_drift(*a).mean(), lambda rows: (features(10)[rows], features(10, seed=2)[rows])),
     "sharpness": (Sharpness, lambda *a: pixels.sharpness(*a).mean(), lambda rows: (pictures(10)[rows], pictures(3, seed=1))),
     "colors": (OtherClassColorDrift, lambda *a: pixels.color_drift(*a).mean(), lambda rows: (pictures(10)[rows], pictures(10, seed=2)[rows])),
-    "diversity": (Diversity, cosines.diversity, lambda rows: (features(10)[rows], GROUPS[rows])),
+    "identity_diversity": (IdentityDiversity, cosines.identity_diversity, lambda rows: (features(10)[rows], GROUPS[rows])),
     "perceptual": (lambda: PerceptualDiversity(known_distances), grey_diversity, lambda rows: (pictures(10)[rows], GROUPS[rows])),
 }
 every_case = pytest.mark.parametrize(("kind", "function", "inputs"), CASES.values(), ids=CASES)
@@ -124,7 +124,7 @@ def test_metric_of_several_subjects_counts_each_once() -> None:
 
 def test_diversity_metric_refuses_prompts_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="one integer for each image"):
-        Diversity().update(features(3), torch.zeros(2, dtype=torch.long))
+        IdentityDiversity().update(features(3), torch.zeros(2, dtype=torch.long))
 
 
 def test_table_directions_match_the_metric_classes() -> None:
@@ -135,9 +135,11 @@ def test_table_directions_match_the_metric_classes() -> None:
         "prompt_alignment": PromptAlignment,
         "prompt_alignment_with_identifier": PromptAlignment,
         "drift": Drift,
-        "diversity": Diversity,
-        "class_diversity": Diversity,
+        "diversity": PerceptualDiversity,
+        "class_diversity": PerceptualDiversity,
+        "class_identity_diversity": IdentityDiversity,
         "lpips_diversity": PerceptualDiversity,
+        "class_lpips_diversity": PerceptualDiversity,
         "memorisation": Memorisation,
         "sharpness": Sharpness,
         "other_class_drift": OtherClassDrift,

@@ -83,39 +83,41 @@ def test_diversity_of_a_hand_worked_case() -> None:
     images = torch.tensor([E1, E2, E1, E1, E1, DIAGONAL])
     groups = torch.tensor([4, 4, 9, 9, 9, 7])
     # prompt 4: one pair at distance 1; prompt 9: three equal images; prompt 7: a single image, ignored
-    assert cosines.diversity(images, groups).item() == pytest.approx((1 + 0) / 2)
+    assert cosines.identity_diversity(images, groups).item() == pytest.approx((1 + 0) / 2)
 
 
 def test_diversity_weighs_prompts_equally_not_pairs() -> None:
     images = torch.tensor([E1, E2] + [E1] * 10)
     groups = torch.tensor([0, 0] + [1] * 10)
-    assert cosines.diversity(images, groups).item() == pytest.approx(0.5)
+    assert cosines.identity_diversity(images, groups).item() == pytest.approx(0.5)
 
 
 def test_diversity_agrees_with_scipy_pdist() -> None:
     images, groups = features(12), torch.tensor([0, 1, 2] * 4)
     expected = np.mean([pdist(images[groups == g].numpy(), "cosine").mean() for g in range(3)])
-    assert cosines.diversity(images, groups).item() == pytest.approx(expected, abs=1e-6)
+    assert cosines.identity_diversity(images, groups).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_diversity_does_not_depend_on_order() -> None:
     images, groups = features(9), torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
     order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
-    assert cosines.diversity(images[order], groups[order]).item() == pytest.approx(cosines.diversity(images, groups).item(), abs=1e-6)
+    assert cosines.identity_diversity(images[order], groups[order]).item() == pytest.approx(
+        cosines.identity_diversity(images, groups).item(), abs=1e-6
+    )
 
 
 def test_diversity_reaches_its_upper_bound() -> None:
-    assert cosines.diversity(torch.tensor([E1, [-1.0, 0.0]]), torch.tensor([0, 0])).item() == pytest.approx(2)
+    assert cosines.identity_diversity(torch.tensor([E1, [-1.0, 0.0]]), torch.tensor([0, 0])).item() == pytest.approx(2)
 
 
 def test_diversity_without_pairs_is_nan() -> None:
-    assert cosines.diversity(features(3), torch.tensor([0, 1, 2])).isnan()
+    assert cosines.identity_diversity(features(3), torch.tensor([0, 1, 2])).isnan()
 
 
 def test_diversity_of_a_broken_feature_is_nan_not_hidden() -> None:
     images = features(4)
     images[0] = math.nan
-    assert cosines.diversity(images[:2], torch.tensor([0, 0])).isnan()
+    assert cosines.identity_diversity(images[:2], torch.tensor([0, 0])).isnan()
 
 
 def test_real_photo_oracle_leaves_out_self_pairs() -> None:
@@ -202,7 +204,6 @@ def test_copy_baseline_of_a_hand_worked_case() -> None:
             "identity_fidelity": 0.5,  # each copy: 1 to itself, 0 to the other
             "image_fidelity": (1 + ROOT_HALF) / 2,
             "prompt_alignment": (1 + 0 - 1 + ROOT_HALF + ROOT_HALF - ROOT_HALF) / 6,
-            "diversity": 1.0,
             "memorisation": 1.0,  # cosine 1 to a photo, where real photos have 0
         }
     )
@@ -224,8 +225,8 @@ def test_memorisation_without_photos_is_nan() -> None:
         (lambda: cosines.identity_fidelity(torch.ones(3), torch.ones(2, 3)), "generated must be features of shape"),
         (lambda: cosines.identity_fidelity(torch.ones(2, 3), torch.ones(2, 4)), "one encoder, got 3 and 4 dimensions"),
         (lambda: cosines.prompt_alignment(torch.ones(3, 4), torch.ones(1, 4)), "one row for each image"),
-        (lambda: cosines.diversity(torch.ones(3, 4), torch.zeros(2, dtype=torch.long)), "one integer for each image"),
-        (lambda: cosines.diversity(torch.ones(3, 4), torch.zeros(3)), "must be integers, got torch.float32"),
+        (lambda: cosines.identity_diversity(torch.ones(3, 4), torch.zeros(2, dtype=torch.long)), "one integer for each image"),
+        (lambda: cosines.identity_diversity(torch.ones(3, 4), torch.zeros(3)), "must be integers, got torch.float32"),
         (lambda: cosines.paired_drift(torch.ones(3, 4), torch.ones(1, 4)), "one row for each tuned image"),
         (lambda: cosines.per_image_diversity(torch.ones(3, 2), torch.zeros(3, dtype=torch.long)), "of all pairs"),
     ],

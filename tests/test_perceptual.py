@@ -90,7 +90,7 @@ def test_lpips_refuses_a_file_that_holds_no_weights(tmp_path: Path, name: str) -
 
 def test_encoders_say_in_their_version_whether_lpips_is_there(backbone: Path) -> None:
     without, with_lpips = LabEncoders().load(), LabEncoders(lpips_backbone=str(backbone)).load()
-    assert without.perceptual is None and without.version.endswith("; no LPIPS weights: diversity by identity features alone")
+    assert without.perceptual is None and without.version.endswith("; diversity by 1 - MS-SSIM, no LPIPS weights")
     assert with_lpips.perceptual is not None and "; LPIPS 0.1 alexnet, images at their own size, sha256 of backbone " in with_lpips.version
 
 

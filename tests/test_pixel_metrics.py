@@ -160,3 +160,46 @@ def test_fine_detail_refuses_what_it_cannot_measure(bad: Tensor) -> None:
 def test_color_drift_refuses_images_without_a_pair() -> None:
     with pytest.raises(ValueError, match="one image for each tuned one, 2, got 1"):
         pixels.color_drift(plain((1, 2, 3)).expand(2, -1, -1, -1), plain((1, 2, 3)))
+
+
+# --- structural distance ----------------------------------------------------------------------------------------------------------------
+
+
+def ms_ssim(one: np.ndarray, other: np.ndarray, weights: tuple[float, ...]) -> float:
+    """Returns MS-SSIM of two images (H, W, 3) in [0, 1] by scipy's Gaussian: structure inside, at the coarsest scale luminance too, edges mirrored."""
+    result, c1, c2 = 1.0, 0.01**2, 0.03**2
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, (1.5, 1.5, 0), mode="mirror", radius=(5, 5, 0))
+
+    for scale, weight in enumerate(weights):
+        a, b = mean(one), mean(other)
+        variances, covariance = mean(one**2) - a**2 + mean(other**2) - b**2, mean(one * other) - a * b
+        structure = (2 * covariance + c2) / (variances + c2)
+        luminance = (2 * a * b + c1) / (a**2 + b**2 + c1)
+        is_last = scale == len(weights) - 1
+        result *= max(0.0, float((structure * luminance).mean() if is_last else structure[5:-5, 5:-5].mean())) ** (weight / sum(weights))
+        one, other = (x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2, 3).mean((1, 3)) for x in (one, other))
+    return result
+
+
+@pytest.mark.parametrize(("side", "weights"), [(64, (0.0448, 0.2856, 0.3001)), (24, (0.0448, 0.2856))])
+def test_structural_distance_agrees_with_scipy(side: int, weights: tuple[float, ...]) -> None:
+    images = renders("dog", 900, 3)[:, :side, :side]
+    found, as_numpy = pixels.structural_distances(images), images.numpy() / 255
+    expected = [[1 - ms_ssim(one, other, weights) if one is not other else 0.0 for other in as_numpy] for one in as_numpy]
+    assert np.allclose(found, expected, atol=1e-3) and found[~torch.eye(3, dtype=torch.bool)].min() > 0.05
+
+
+def test_structural_distance_sees_pose_and_place_more_than_noise() -> None:
+    images = renders("dog", 900, 2)
+    grain = torch.randint(-4, 5, images[:1].shape, generator=torch.Generator().manual_seed(0))
+    near = torch.cat([images[:1], (images[:1] + grain).clamp(0, 255).byte()])
+    assert pixels.structural_distances(near)[0, 1] < 0.1 < 0.4 < pixels.structural_distances(images)[0, 1]
+
+
+def test_structural_distance_of_images_that_are_too_small_is_nan_not_zero() -> None:
+    found = pixels.structural_distances(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    assert found.isnan().tolist() == [[False, True], [True, False]]
+    assert pixels.structural_distances(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).tolist() == [[0.0]]
+    assert pixels.structural_distances(torch.zeros(2, 224, 300, 3, dtype=torch.uint8)).tolist() == [[0.0, 0.0], [0.0, 0.0]]

@@ -90,8 +90,13 @@ def test_score_of_a_hand_worked_case(case: Case, photos: np.ndarray) -> None:
     assert values["image_fidelity"] == pytest.approx(((1 + YELLOW_RED) / 2 + (0 + YELLOW_GREEN) / 2) / 2)
     assert values["prompt_alignment"] == pytest.approx(((1 + YELLOW_RED) / 2 + 0) / 2)  # green against "a blue thing" is 0
     assert values["drift"] == pytest.approx((fidelity["green"] + fidelity["red"]) / 2)  # the car is no class image
-    assert values["diversity"] == pytest.approx(1 - ROOT_HALF)  # the lone image of the second prompt says nothing
-    assert values["class_diversity"] == pytest.approx(1)
+    # flat images: only brightness differs, in one of three channels (red, yellow) or two (red, green); 24 px hold two scales, and it counts
+    # at the coarser, 0.2856 / (0.0448 + 0.2856) of the exponent; the lone image of the second prompt says nothing
+    faint = 0.01**2 / ((200 / 255) ** 2 + 0.01**2)
+    alike = [((3 - other + other * faint) / 3) ** (0.2856 / 0.3304) for other in (1, 2)]
+    assert values["diversity"] == pytest.approx(1 - alike[0], abs=1e-5)
+    assert values["class_diversity"] == pytest.approx(1 - alike[1], abs=1e-5)
+    assert values["class_identity_diversity"] == pytest.approx(1)
     assert values["memorisation"] == pytest.approx(((1 + 1) / 2 + ROOT_HALF) / 2 - ROOT_HALF)  # the photos are 0.71 from each other
 
 
@@ -177,7 +182,7 @@ def test_scores_have_an_interval_each_around_their_value(photos: np.ndarray) -> 
     images = np.stack([image(*map(tuple, generator.integers(0, 255, (4, 3)))) for _ in items])
     base = np.stack([image(*map(tuple, generator.integers(0, 255, (4, 3)))) for _ in items])
     scores = score(images, items, reference(photos, encoders), encoders, base)
-    assert set(scores.intervals) == set(scores.values) and len(scores.values) == len(METRICS) - 5  # no masks, no LPIPS, no ground truth
+    assert set(scores.intervals) == set(scores.values) and len(scores.values) == len(METRICS) - 6  # no masks, no LPIPS, no ground truth
     for key, interval in scores.intervals.items():
         assert interval.mean == pytest.approx(scores.values[key], abs=1e-6), key
         assert interval.low < scores.values[key] < interval.high, key

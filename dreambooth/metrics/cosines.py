@@ -91,30 +91,31 @@ def drift(class_images: Tensor, subject: Tensor) -> Tensor:
     return cosines_of(class_images, subject, "class_images", "subject").mean()
 
 
-def diversity(features: Tensor, groups: Tensor) -> Tensor:
-    """Returns how much images of one prompt differ: "DIV", the mean over prompts of the mean distance of their pairs.
+def identity_diversity(features: Tensor, groups: Tensor) -> Tensor:
+    """Returns how much the individuals in images of one prompt differ: the mean over prompts of the mean distance of their pairs.
 
-    The distance of images i < j is 1 - cosine of identity features: a perceptual distance, but not the LPIPS that the paper uses, so the
-    values are not comparable with published ones. `diversity_of_distances` is the same with any distance: LPIPS where its weights are.
+    The distance of images i < j is 1 - cosine of identity features, so it says whether a class is still many individuals; of images of one
+    subject it says only how well the subject is kept, and lower would be better. For "DIV" see `diversity_of_distances`.
 
     Args:
         features: identity features, (N, D), any length of vector.
         groups: the prompt of each image as an integer, (N,); prompts with a single image say nothing and are ignored.
 
     Returns:
-        A scalar in [0, 2], higher is better; NaN if no prompt has two images.
+        A scalar in [0, 2], for images of a class higher is better; NaN if no prompt has two images.
 
     Raises:
         ValueError: the shapes do not fit, or the groups are not integers.
-
-    Source: Ruiz et al. 2023, sec. 4.3 ("DIV"), with another distance.
     """
     units = unit_rows(features, "features")
     return diversity_of_distances(1 - units @ units.T, groups)
 
 
 def diversity_of_distances(distances: Tensor, groups: Tensor) -> Tensor:
-    """Returns the mean over groups of the mean distance of their pairs, each pair once, no image with itself: see `diversity`.
+    """Returns how much images of one prompt differ: "DIV", the mean over prompts of the mean distance of their pairs, no image with itself.
+
+    The paper's distance is LPIPS (`perceptual.Lpips.distances`); where its weights are not, `pixels.structural_distances` needs none, but its
+    values are not comparable with published ones.
 
     Args:
         distances: symmetric, (N, N); the diagonal is not looked at.
@@ -125,6 +126,8 @@ def diversity_of_distances(distances: Tensor, groups: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes do not fit, or the groups are not integers.
+
+    Source: Ruiz et al. 2023, sec. 4.3 ("DIV").
     """
     per_image = per_image_diversity(distances, groups)
     counts = (groups[:, None] == groups[None, :]).sum(dim=1)

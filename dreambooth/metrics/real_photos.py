@@ -106,7 +106,7 @@ def copy_baseline(identity: Tensor, image: Tensor, prompts: Tensor, held_out: Te
 
     Returns:
         identity_fidelity and image_fidelity (each copy against all photos, so with itself), prompt_alignment (all pairs of photo and
-        prompt), diversity (of the photos) and memorisation, by their keys in METRICS.
+        prompt) and memorisation, by their keys in METRICS.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -115,6 +115,5 @@ def copy_baseline(identity: Tensor, image: Tensor, prompts: Tensor, held_out: Te
         "identity_fidelity": float(real_photo_oracle(identity, self_pairs=True)),
         "image_fidelity": float(real_photo_oracle(image, self_pairs=True)),
         "prompt_alignment": float(cosines_of(image, prompts, "image", "prompts").mean()),
-        "diversity": float(1 - real_photo_oracle(identity)),
         "memorisation": float(memorisation(identity, identity, held_out).mean()),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from dreambooth.metrics.cosines import diversity, diversity_of_distances, paired_drift, per_image_alignment, per_image_fidelity
+from dreambooth.metrics.cosines import diversity_of_distances, identity_diversity, paired_drift, per_image_alignment, per_image_fidelity
 from dreambooth.metrics.pixels import color_drift, sharpness
 from dreambooth.metrics.real_photos import memorisation
 
@@ -160,18 +160,18 @@ class _AllImages(Metric):
         raise NotImplementedError
 
 
-class Diversity(_AllImages):
-    """`diversity`: mean over prompts of the mean of 1 - cosine over pairs of their images' identity features. Up is better."""
+class IdentityDiversity(_AllImages):
+    """`identity_diversity` of a class: mean over prompts of the mean of 1 - cosine over pairs of their images' identity features. Up is better."""
 
     def _score(self, images: Tensor, groups: Tensor) -> Tensor:
-        return diversity(images, groups)
+        return identity_diversity(images, groups)
 
 
 class PerceptualDiversity(_AllImages):
-    """`diversity_of_distances` by a network: mean over prompts of the mean distance over pairs of their images. Up is better.
+    """`diversity_of_distances`: mean over prompts of the mean distance over pairs of their images. Up is better.
 
     Args:
-        distances: gives the distances of all pairs (n, n) of n images, uint8 (n, H, W, 3): `Lpips.distances`, or any other.
+        distances: gives the distances of all pairs (n, n) of n images, uint8 (n, H, W, 3): `pixels.structural_distances`, `Lpips.distances`.
     """
 
     def __init__(self, distances: Callable[[Tensor], Tensor]) -> None:

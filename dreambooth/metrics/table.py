@@ -19,6 +19,7 @@ class MetricInfo(NamedTuple):
     is_headline: bool = True  # shown in a summary; the others are further readings of the same thing
 
 
+PAIRWISE = ("diversity", "identity_diversity", "lpips_diversity")  # columns that are means over pairs of images of one prompt
 METRICS = (
     MetricInfo(
         "identity_fidelity",
@@ -76,14 +77,23 @@ METRICS = (
         "identity",
         "class",
     ),
-    MetricInfo("diversity", "Diversity of the subject", "up", "How much images of one prompt differ from each other.", column="diversity"),
+    MetricInfo("diversity", "Diversity of the subject", "up", "How much images of one prompt differ from each other to the eye.", column="diversity"),
     MetricInfo(
         "class_diversity",
         "Diversity of the class",
         "up",
-        "How much images of the plain class differ from each other.",
+        "How much images of the plain class differ from each other to the eye.",
         column="diversity",
         kind="class",
+    ),
+    MetricInfo(
+        "class_identity_diversity",
+        "Individuals of the class",
+        "up",
+        "How different the individuals in images of the plain class are; 0 is one and the same.",
+        column="identity_diversity",
+        kind="class",
+        is_headline=False,
     ),
     MetricInfo(
         "lpips_diversity",
@@ -91,6 +101,15 @@ METRICS = (
         "up",
         "How much images of one prompt differ from each other, by the perceptual distance of the paper.",
         column="lpips_diversity",
+        is_headline=False,
+    ),
+    MetricInfo(
+        "class_lpips_diversity",
+        "LPIPS of the class",
+        "up",
+        "How much images of the plain class differ from each other, by the perceptual distance of the paper.",
+        column="lpips_diversity",
+        kind="class",
         is_headline=False,
     ),
     MetricInfo(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from dreambooth.combined_scores import BASE, REFERENCE_WORDS
-from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, PAIRWISE, MetricInfo
 from dreambooth.report.data import Study
 from dreambooth.scoring import pair_mean_pseudovalues
 from dreambooth.statistics.comparison import ArmRow, Comparison, compare_arms
@@ -153,7 +153,7 @@ def _compare_one(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> Compari
         return compare_arms(rows, info.key, baseline, arm="label", pairs=("prompt", "noise"))
     if info.kind != "class":
         return compare_arms(rows, info.key, baseline, arm="label", cluster="prompt", pairs=("subject", "noise"))
-    if info.column == "diversity":  # a mean over pairs of images
+    if info.column in PAIRWISE:
         by_run = rows.groupby(["label", "subject", "seed", "prompt"], dropna=False)[info.key]
         rows = rows.assign(**{info.key: by_run.transform(lambda values: pair_mean_pseudovalues(values.to_numpy(float)))})
     return compare_arms(rows.rename(columns={"noise": "image"}), info.key, baseline, arm="label", cluster="image", pairs=("subject", "prompt"))
