@@ -132,7 +132,7 @@ class Data:
     num_workers: int = 0  # processes that prepare images; 0: none beside the main one
     captions: str | None = None  # "prompt": subject.prompt for all; "auto": photo.txt beside it, else its name after @, else that; null: the recipe
     masks: str | None = None  # null: off; "sidecar": photo.mask.png, white is the subject; "alpha": else transparency; "auto": else by rembg
-    mask_background_weight: float = 0.1  # of the loss outside the mask, in [0, 1]; 0 lets surroundings dissolve, 1 is no mask
+    mask_background_weight: float = 0.1  # of the loss outside the mask, in [0, 1]; 0 lets surroundings dissolve, 1: the scores alone look at masks
     repeats: int = 1  # how often each photo counts, against those of extra_subjects
     steps_per_image: int | None = None  # trainer.max_steps = this x photos x repeats; 100 is the rule of thumb; null: as max_steps says
     cache: str = "memory"  # where latents and text embeddings are kept: "memory", "disk" (<output_dir>/caches, for later runs too), "off"

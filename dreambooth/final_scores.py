@@ -152,13 +152,17 @@ def read_photos(run: RunFolder, folder: str = "photos") -> np.ndarray:
 
 
 def run_reference(run: RunFolder, encoders: LoadedEncoders | None) -> Reference | None:
-    """Returns what a run's images are held against: its photos with their masks, and those set aside; None without encoders."""
+    """Returns what a run's images are held against: its photos with their masks, those left out, and those set aside; None without encoders."""
     if encoders is None:
         return None
-    held_out, masks = read_photos(run, "photos/held_out"), {path.name: path for path in (run.path / "photos" / "masks").glob("*.png")}
+    held_out, others, masks = (
+        read_photos(run, "photos/held_out"),
+        read_photos(run, "photos/others"),
+        {path.name: path for path in (run.path / "photos" / "masks").glob("*.png")},
+    )
     names = [path.name for path in sorted((run.path / "photos").glob("*.png"))]
     known = [np.asarray(Image.open(masks[name]).convert("L"), np.float32) / 255 if name in masks else None for name in names]
-    return reference(read_photos(run), encoders, known if masks else None, held_out if len(held_out) else None)
+    return reference(read_photos(run), encoders, known if masks else None, held_out if len(held_out) else None, others if len(others) else None)
 
 
 def final_grid(photos: np.ndarray, items: Sequence[Item], images: dict[str, np.ndarray], steps: dict[str, int], per_prompt: int = 2) -> Image.Image:

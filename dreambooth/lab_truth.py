@@ -20,7 +20,8 @@ class LabTruth:
 
     `true_identity` is the share of other subjects of the class that an image resembles less than the subject, against true renders in the
     place that the prompt names (0.5 by chance); `true_identity_margin` by how much, in logarithms of a distance; `true_context` is 1 where
-    the text-image encoder finds the place that the prompt names the best of all places that it knows.
+    the text-image encoder finds the place that the prompt names the best of all places that it knows: the truth is the place that was asked
+    for, the judge is the network behind prompt alignment (it names the place of true renders rightly, see the model card).
 
     Args:
         config: resolved, of a run on the lab's built-in subject.

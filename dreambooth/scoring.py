@@ -28,15 +28,24 @@ class Reference(NamedTuple):
     """What generated images are held against: the subject's photos and their features, made once by `reference`."""
 
     photos: np.ndarray  # uint8 (M, H, W, 3): the training photos, prepared
+    others: np.ndarray | None  # uint8 (O, H, W, 3): further photos of the subject, neither trained on nor held out
     masks: Masks | None  # of each photo, float (H, W) in [0, 1]: where the subject is; None for a photo without one
     held_out: np.ndarray | None  # uint8 (K, H, W, 3): photos of the subject that were not trained on
-    identity: Tensor  # (M, D) identity features of the photos
-    image: Tensor  # (M, E) image features of the photos
+    identity: Tensor  # (M, D) identity features of the training photos
+    image: Tensor  # (M, E) image features of the training photos
+    known_identity: Tensor  # (M + O, D) of all photos but those held out: what fidelity and drift are measured against
+    known_image: Tensor  # (M + O, E)
     held_out_identity: Tensor | None  # (K, D) identity features of the photos held out
     foreground: Foreground | None  # what the masks say; None without masks, or if they tell no patch from another
 
 
-def reference(photos: np.ndarray, encoders: LoadedEncoders, masks: Masks | None = None, held_out: np.ndarray | None = None) -> Reference:
+def reference(
+    photos: np.ndarray,
+    encoders: LoadedEncoders,
+    masks: Masks | None = None,
+    held_out: np.ndarray | None = None,
+    others: np.ndarray | None = None,
+) -> Reference:
     """Returns the subject's photos with all features that `score` needs.
 
     Args:
@@ -46,6 +55,8 @@ def reference(photos: np.ndarray, encoders: LoadedEncoders, masks: Masks | None 
             identity, and without any mask there is none.
         held_out: uint8 (K, H, W, 3), photos of the subject that were not trained on; None or empty: memorisation is measured against the
             training photos themselves, leaving one out.
+        others: uint8 (O, H, W, 3), photos that a run on fewer photos was not trained on: with them runs on one, three and five photos of a
+            subject are measured against the same ones.
 
     Raises:
         ValueError: the masks are not one for each photo, of its size.
@@ -57,8 +68,12 @@ def reference(photos: np.ndarray, encoders: LoadedEncoders, masks: Masks | None 
     identity, tokens = encoders.identity_with_patches(photos, lambda tokens: tokens if masked else tokens[:, :0])
     known = foreground(tokens[masked], encoders.patch_shares([masks[k] for k in masked])) if masked else None
     held_out = held_out if held_out is not None and len(held_out) else None
-    others = encoders.identity(held_out) if held_out is not None else None
-    return Reference(photos, masks, held_out, identity, encoders.image(photos), others, known)
+    held_out_identity = encoders.identity(held_out) if held_out is not None else None
+    image, known_identity, known_image = encoders.image(photos), identity, None
+    if others is not None and len(others):
+        known_identity, known_image = torch.cat([identity, encoders.identity(others)]), torch.cat([image, encoders.image(others)])
+    known_image = image if known_image is None else known_image
+    return Reference(photos, others, masks, held_out, identity, image, known_identity, known_image, held_out_identity, known)
 
 
 class Scores(NamedTuple):
@@ -106,7 +121,7 @@ def score(
         }
     )
     identity, masked = _identity(images, reference, encoders)
-    rows["identity"] = cosines.per_image_fidelity(identity, reference.identity).numpy()
+    rows["identity"] = cosines.per_image_fidelity(identity, reference.known_identity).numpy()
     nearest = real_photos.nearest_photo(identity, reference.identity)
     rows["nearest_photo"], rows["nearest_photo_index"] = nearest.cosine.numpy(), nearest.index.numpy()
     rows["memorisation"] = real_photos.memorisation(identity, reference.identity, reference.held_out_identity).numpy()
@@ -120,7 +135,7 @@ def score(
 
     own = [item for item in items if item.kind == "subject"]
     features = encoders.image(images[kinds == "subject"])  # (S, E)
-    add("image", "subject", cosines.per_image_fidelity(features, reference.image))
+    add("image", "subject", cosines.per_image_fidelity(features, reference.known_image))
     add("alignment", "subject", cosines.per_image_alignment(features, _texts([item.scored_prompt for item in own], encoders)))
     add("alignment_with_identifier", "subject", cosines.per_image_alignment(features, _texts([item.prompt for item in own], encoders)))
     if encoders.perceptual is not None:
@@ -146,8 +161,8 @@ def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEnc
     with_self_pairs = (("real_photos", False), ("real_photos_with_self_pairs", True))
     found = {
         name: {
-            "identity_fidelity": float(real_photos.real_photo_oracle(reference.identity, self_pairs)),
-            "image_fidelity": float(real_photos.real_photo_oracle(reference.image, self_pairs)),
+            "identity_fidelity": float(real_photos.real_photo_oracle(reference.known_identity, self_pairs)),
+            "image_fidelity": float(real_photos.real_photo_oracle(reference.known_image, self_pairs)),
         }
         for name, self_pairs in with_self_pairs
     }
@@ -161,7 +176,12 @@ def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEnc
         found["real_photos"]["memorisation"] = 0.0  # the mark that it is measured from
     texts = encoders.text(list(dict.fromkeys(prompts)))
     found["copy_baseline"] = real_photos.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity)
-    found["copy_baseline"] |= {"diversity": apart, "sharpness": 1.0}
+    found["copy_baseline"] |= {
+        "identity_fidelity": float(cosines.identity_fidelity(reference.identity, reference.known_identity)),
+        "image_fidelity": float(cosines.identity_fidelity(reference.image, reference.known_image)),
+        "diversity": apart,
+        "sharpness": 1.0,
+    }
     return found
 
 

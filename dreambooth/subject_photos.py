@@ -17,7 +17,8 @@ from dreambooth.generation import save_png
 from dreambooth.photo_folder import Photo, read_photo_folder
 from dreambooth.photos import Mode, cut, frame, prepare
 
-PHOTOS = 5  # of the lab's built-in subject
+PHOTOS = 5  # of the lab's built-in subject, unless data.photos says more or less
+KNOWN = 10  # photos of it that the scores look at, trained on or not
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class SubjectPhotos:
     digest: str  # hex, of the contents alone; of all subjects
     warnings: list[str]  # one sentence each; of all subjects
     source: str  # for people: the folder, or the lab's subject
+    others: list[Image.Image] = field(default_factory=list)  # left out by data.photos: the scores look at them as at those trained on
+    other_names: list[str] = field(default_factory=list)
     held_out: list[Image.Image] = field(default_factory=list)  # set aside: never trained on
     held_out_names: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)  # one a photo
@@ -80,6 +83,7 @@ def _read_one(config: Config, where: str) -> SubjectPhotos:
     if data.photos is not None and data.photos > kept:
         raise ConfigError("data.photos", f"must be at most the {kept} photos that there are to train on", data.photos, "take fewer, or null for all")
     own, aside = photos[:kept][: data.photos], photos[kept:]
+    others = photos[len(own) : kept]
     texts, doubts = _captions(config, own)
     return SubjectPhotos(
         [p.image for p in own],
@@ -87,13 +91,15 @@ def _read_one(config: Config, where: str) -> SubjectPhotos:
         _digest(config, found.digest, photos),
         found.warnings + doubts,
         str(found.folder),
-        [p.image for p in aside],
-        [p.name for p in aside],
-        texts,
-        [p.mask for p in own],
-        [p.mask for p in aside],
-        config.subject,
-        data.repeats,
+        others=[p.image for p in others],
+        other_names=[p.name for p in others],
+        held_out=[p.image for p in aside],
+        held_out_names=[p.name for p in aside],
+        captions=texts,
+        masks=[p.mask for p in own],
+        held_out_masks=[p.mask for p in aside],
+        subject=config.subject,
+        repeats=data.repeats,
     )
 
 
@@ -132,11 +138,12 @@ def prepared(images: list[Image.Image], resolution: int, crop: Mode = "center") 
 
 
 def save_photos(run_folder: Path, photos: SubjectPhotos, resolution: int, crop: Mode = "center") -> None:
-    """Writes the prepared photos into `photos/` of a run folder and those set aside into `photos/held_out/`, with their masks in `masks/`.
+    """Writes the prepared photos into `photos/` of a run folder, with their masks in `masks/`; others in `others/`, those set aside in `held_out/`.
 
     Those of extra subjects go to `photos/1-<identifier>/` and so on: they are trained on, but the scores look at the first subject alone.
     """
     folders = [("photos", photos.images, photos.names, photos.masks, photos.source)]
+    folders.append(("photos/others", photos.others, photos.other_names, [], photos.source))
     folders.append(("photos/held_out", photos.held_out, photos.held_out_names, photos.held_out_masks, photos.source))
     for number, extra in enumerate(photos.extras, 1):
         word = re.sub(r"[^\w-]", "_", extra.subject.identifier)
@@ -154,17 +161,16 @@ def _lab_photos(config: Config) -> SubjectPhotos:
     from dreambooth.lab.world import PHOTO_STREAM, identity, render_masks, subject_photos
 
     subject, own_count = config.subject, config.data.photos or PHOTOS
-    count = own_count + config.data.held_out
+    known = max(KNOWN, own_count)
+    count = known + config.data.held_out
     pixels, contexts = subject_photos(subject.class_noun, subject.lab_seed, count)  # (N, 3, H, W) uint8; more do not change the first
     arrays = [np.ascontiguousarray(p.permute(1, 2, 0).numpy()) for p in pixels]
     digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
     names = [f"{k}-{context.replace(' ', '-')}" for k, context in enumerate(contexts)]
     images, source = [Image.fromarray(a) for a in arrays], f"the lab's {subject.class_noun} {subject.lab_seed}"
-    masks: list[Image.Image | None] = [None] * count
-    if config.data.masks:  # the exact ones, whichever kind is asked for
-        own = identity(subject.class_noun, subject.lab_seed)
-        shares = render_masks([own] * count, [(subject.lab_seed, k, PHOTO_STREAM) for k in range(count)], arrays[0].shape[0])  # (N, H, W)
-        masks = [Image.fromarray((share * 255).round().byte().numpy()) for share in shares]
+    own = identity(subject.class_noun, subject.lab_seed)
+    shares = render_masks([own] * count, [(subject.lab_seed, k, PHOTO_STREAM) for k in range(count)], arrays[0].shape[0])  # (N, H, W), exact
+    masks: list[Image.Image | None] = [Image.fromarray((share * 255).round().byte().numpy()) for share in shares]
     texts = [subject.in_prompt(subject.prompt + (f" {context}" if config.data.captions == "auto" else "")) for context in contexts[:own_count]]
     return SubjectPhotos(
         images[:own_count],
@@ -172,13 +178,15 @@ def _lab_photos(config: Config) -> SubjectPhotos:
         digest,
         _doubts(config),
         source,
-        images[own_count:],
-        names[own_count:],
-        texts,
-        masks[:own_count],
-        masks[own_count:],
-        subject,
-        config.data.repeats,
+        others=images[own_count:known],
+        other_names=names[own_count:known],
+        held_out=images[known:],
+        held_out_names=names[known:],
+        captions=texts,
+        masks=masks[:own_count],
+        held_out_masks=masks[known:],
+        subject=subject,
+        repeats=config.data.repeats,
     )
 
 

@@ -166,7 +166,7 @@ def test_color_drift_refuses_images_without_a_pair() -> None:
 
 
 def ms_ssim(one: np.ndarray, other: np.ndarray, weights: tuple[float, ...]) -> float:
-    """Returns MS-SSIM of two images (H, W, 3) in [0, 1] by scipy's Gaussian: structure inside, at the coarsest scale luminance too, edges mirrored."""
+    """Returns MS-SSIM of two images (H, W, 3) in [0, 1] by scipy: structure inside, at the coarsest scale luminance too, edges mirrored."""
     result, c1, c2 = 1.0, 0.01**2, 0.03**2
 
     def mean(x: np.ndarray) -> np.ndarray:

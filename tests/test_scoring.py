@@ -100,6 +100,19 @@ def test_score_of_a_hand_worked_case(case: Case, photos: np.ndarray) -> None:
     assert values["memorisation"] == pytest.approx(((1 + 1) / 2 + ROOT_HALF) / 2 - ROOT_HALF)  # the photos are 0.71 from each other
 
 
+def test_runs_on_fewer_photos_are_measured_against_the_same_ones(case: Case) -> None:
+    """Only what is learned by heart is a matter of the photos that were trained on."""
+    encoders, photos = Colors(), np.stack([image(RED), image(YELLOW), image(GREEN)])
+    marks = [reference(photos, encoders), reference(photos[:1], encoders, others=photos[1:])]
+    all_, one = (score(case.images, case.items, mark, encoders) for mark in marks)
+    for column in ("identity", "image", "alignment"):
+        assert np.allclose(one.per_image[column], all_.per_image[column], equal_nan=True)
+    assert one.per_image.nearest_photo_index.tolist() == [0] * 6 and all_.per_image.nearest_photo_index.nunique() == 3
+    ours, theirs = (references(mark, ["a red thing"], encoders) for mark in marks)
+    assert ours["real_photos"]["identity_fidelity"] == theirs["real_photos"]["identity_fidelity"]
+    assert theirs["copy_baseline"]["identity_fidelity"] == pytest.approx((1 + ROOT_HALF + 0) / 3)  # copies of the one photo that it had
+
+
 def test_score_reads_prompts_without_the_identifier_and_with_it(case: Case, photos: np.ndarray) -> None:
     encoders = Colors()
     values = score(case.images, case.items, reference(photos, encoders), encoders).values

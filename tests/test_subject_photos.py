@@ -11,7 +11,7 @@ from small_runs import composed, make_photos
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.lab.world import PHOTO_STREAM, identity, render_masks
 from dreambooth.recipes import resolve
-from dreambooth.subject_photos import PHOTOS, SubjectPhotos, prepared, read_subject_photos, save_photos
+from dreambooth.subject_photos import KNOWN, PHOTOS, SubjectPhotos, prepared, read_subject_photos, save_photos
 
 
 def read(folder: Path, *words: str) -> SubjectPhotos:
@@ -44,6 +44,7 @@ def test_fewer_photos_are_a_part_of_all_and_what_is_set_aside_stays_the_same(tmp
     folder = make_photos(tmp_path / "dog", count=6)
     everything, few = read(folder, "data.held_out=2"), read(folder, "data.held_out=2", "data.photos=3")
     assert few.names == everything.names[:3] and few.held_out_names == everything.held_out_names
+    assert few.other_names == everything.names[3:] and everything.others == []
     with pytest.raises(ConfigError, match="data.photos must be at most the 4 photos that there are to train on, got 5"):
         read(folder, "data.held_out=2", "data.photos=5")
 
@@ -52,26 +53,27 @@ def test_fewer_photos_are_a_part_of_all_and_what_is_set_aside_stays_the_same(tmp
 def test_built_in_subject_has_as_many_photos_as_are_asked_for(count: int) -> None:
     found, usual = (read_subject_photos(resolve(composed(*words))) for words in ((f"data.photos={count}", "data.held_out=2"), ()))
     assert (len(found.images), len(found.held_out), len(found.masks)) == (count, 2, count)
-    for own, same in zip(found.images, usual.images, strict=False):
+    for own, same in zip(found.images + found.others, usual.images + usual.others, strict=True):  # the scores look at the same ten
         assert np.array_equal(np.asarray(own), np.asarray(same))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.held_out, usual.held_out, strict=False))
 
 
 def test_built_in_subject_keeps_its_five_photos_whatever_is_held_out() -> None:
     few, many = (read_subject_photos(resolve(composed(f"data.held_out={count}"))) for count in (0, 3))
     assert (len(few.images), len(many.images), len(many.held_out)) == (PHOTOS, PHOTOS, 3)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(few.images, many.images, strict=True))
-    assert not any(np.array_equal(np.asarray(a), np.asarray(b)) for a in many.images for b in many.held_out)
+    assert not any(np.array_equal(np.asarray(a), np.asarray(b)) for a in many.images + many.others for b in many.held_out)
 
 
 def test_built_in_subject_has_exact_masks() -> None:
     """The subject's own pixels change with its colours; the world's masks say where they may."""
     found = read_subject_photos(resolve(composed("data.masks=sidecar", "data.held_out=1")))
     assert len(found.masks) == PHOTOS and len(found.held_out_masks) == 1
-    keys = [(913, k, PHOTO_STREAM) for k in range(PHOTOS + 1)]
+    keys = [(913, k, PHOTO_STREAM) for k in [*range(PHOTOS), KNOWN]]
     exact = render_masks([identity("dog", 913)] * (PHOTOS + 1), keys)
     for mask, share in zip(found.masks + found.held_out_masks, exact, strict=True):
         assert np.abs(np.asarray(mask) / 255 - share.numpy()).max() <= 0.5 / 255 + 1e-6
-    assert read_subject_photos(resolve(composed())).masks == [None] * PHOTOS
+    assert None not in read_subject_photos(resolve(composed())).masks  # the scores look at them; the loss does only if data.masks is set
 
 
 def two_subjects(tmp_path: Path, *words: str) -> SubjectPhotos:
@@ -109,7 +111,7 @@ def test_run_folder_keeps_photos_and_masks_of_each_subject(tmp_path: Path) -> No
     save_photos(tmp_path, found, 64)
     kept = Counter(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert kept == {
-        **{"photos": 5, "photos/masks": 5, "photos/held_out": 1, "photos/held_out/masks": 1},
+        **{"photos": 5, "photos/masks": 5, "photos/others": 5, "photos/held_out": 1, "photos/held_out/masks": 1},
         **{"photos/1-o_x": 5, "photos/1-o_x/masks": 5},
     }
     mask = np.asarray(Image.open(tmp_path / "photos" / "masks" / "002.png"))

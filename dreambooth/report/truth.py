@@ -1,5 +1,6 @@
 """What the lab alone can say in a report: how far the subject was learned of what can be had, whether the step was chosen well, and which
-scores tell the truth. All of it rests on true renders of the subject (`lab_truth`), which no score and no choice has seen."""
+scores tell the truth. Identity rests on true renders of the subject (`lab_truth`), which no score and no choice has seen; the place is named by
+the text-image encoder, whose cosines are also prompt alignment."""
 
 import math
 
@@ -97,8 +98,8 @@ def _choice(study: Study) -> Table:
         bought = [chosen_minus_last(study, arm, info.column, info.kind) for info in of_class]
         rows.append([arm, *map(signed, truths + bought), _steps(study, arm)])
     note = (
-        "The chosen step minus the last one, picture by picture, on prompts that the choice did not see. The first three are the truth, which it"
-        " did not see either; the last two are what it may give identity for (drift down, diversity up)."
+        "The chosen step minus the last one, picture by picture, on prompts that the choice did not see. Identity is judged by true renders,"
+        " which it did not see either, the place by the text-image encoder; the last two it may give identity for (drift down, diversity up)."
     )
     titles = [*(TITLES[column] for column in columns), *(info.title for info in of_class)]
     return Table("Was the step chosen well?", note, ["", *titles, "chosen of"], rows)
