@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from dreambooth.adapters.methods import ParamGroup, describe_learning
 from dreambooth.base.protocol import BaseModel
 from dreambooth.claims import ClaimLost
-from dreambooth.class_bank import ClassBank, bank_digest, complete_bank, read_user_bank, to_draw
+from dreambooth.class_bank import ClassBank
+from dreambooth.class_images import bank_digest, complete_bank, read_user_bank, still_to_draw, to_draw
 from dreambooth.config import Config, from_plain, to_plain
 from dreambooth.dreambench import read_dreambench
 from dreambooth.encoders import LoadedEncoders
@@ -123,7 +124,7 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     if own.is_first:
         with run.clock("memory estimate"):
             memory, lines = check_memory(config, base, device)
-        print("\n".join([*lines, check_disk(config, run.path, memory, to_draw(config, own_bank))]))
+        print("\n".join([*lines, check_disk(config, run.path, memory, still_to_draw(config, base_digest, own_bank))]))
     with run.clock("class images"):
         bank = bank_with_progress(config, base, base_digest, own_bank, own)
     config.objective.prepare(base)  # after the class images: those are the un-tuned base's own
@@ -244,7 +245,7 @@ def all_prompts(config: Config, photos: SubjectPhotos, own_bank: ClassBank | Non
 
 def bank_with_progress(config: Config, base: BaseModel, base_digest: str, own: ClassBank | None, ranks: Ranks) -> ClassBank | None:
     """Returns the class images of the run, with a bar while the un-tuned base draws; None where the prior wants none."""
-    count = to_draw(config, own)
+    count = sum(to_draw(config, own).values())
     if not count:
         return own
     with cli.progress(count, "class images") as advance:

@@ -98,7 +98,7 @@ class ExtraSubject:
     """One more subject that is learned in the same run; prompts name it by its own words, as "a photo of a ohwx cat"."""
 
     identifier: str = MISSING  # its rare word; another than that of every other subject
-    class_noun: str = MISSING  # what it is: dog, person, toy; class images are made for it too
+    class_noun: str = MISSING  # what it is: dog, person, toy; its class gets class images of its own
     subject_dir: str | None = None  # folder with its photos; null: the individual lab_seed of the lab's world
     lab_seed: int | None = None  # which individual of the lab's world, where subject_dir is null
     prompt: str | None = None  # caption of its photos; {subject} becomes "[V] [class noun]"; null: subject.prompt

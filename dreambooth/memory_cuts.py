@@ -95,7 +95,7 @@ def _half_precision(config: Config) -> None:
 
 def _class_images(config: Config) -> None:
     if config.prior.asks_frozen_model:
-        kept = {key: getattr(config.prior, key) for key in ("weight", "batch_size", "num_images", "prompts")}
+        kept = {key: getattr(config.prior, key) for key in ("weight", "batch_size", "num_images", "prompts", "seed")}
         config.prior = ClassImages(**kept)
 
 

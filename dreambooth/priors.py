@@ -69,10 +69,11 @@ class ClassTerm(Prior):
     weight_end: float | None = None  # lambda at the last step; null: `weight` all along
     weight_shape: str = "linear"  # of the way from weight to weight_end: "linear" or "cosine"
     batch_size: int | None = None  # class samples a step; null: the base's recipe
-    num_images: int | None = None  # class images in the bank; the paper used about 1000, 200 are usual; null: the base's recipe
+    num_images: int | None = None  # class images of each class; the paper used about 1000, 200 are usual; null: the base's recipe
     prompts: list[str] | None = None  # captions of the class samples, in turn; {subject} becomes the class noun; null: the base's recipe
-    class_dir: str | None = None  # a folder of your own class images, all of which are used, instead of generating them
+    class_dir: str | None = None  # your own class images, all of which are used, instead of generated ones; of several classes: a folder in it each
     top_up: bool = False  # with class_dir: generate what your images lack of num_images
+    seed: int = 0  # of the generated class images; not the training seed, so that runs with other seeds share them
 
     def __post_init__(self) -> None:
         def require(holds: bool, key: str, rule: str, next_step: str) -> None:
@@ -91,6 +92,7 @@ class ClassTerm(Prior):
             if "{subject}" not in text:
                 raise ConfigError("prior.prompts", "must name the subject as {subject}", text, 'write it like "a photo of a {subject}"')
         require(self.prompts != [], "prompts", "must hold at least one prompt", "leave it out for the base's recipe")
+        require(self.seed >= 0, "seed", "must be 0 or more", "any whole number will do")
         require(not self.top_up or self.class_dir is not None, "top_up", "must be false without prior.class_dir", "all images are generated anyway")
 
     @property

@@ -8,7 +8,7 @@ from PIL import Image
 from small_runs import composed, make_photos
 
 from dreambooth import captions
-from dreambooth.class_bank import read_user_bank
+from dreambooth.class_images import read_user_bank
 from dreambooth.errors import UserError
 from dreambooth.recipes import resolve
 from dreambooth.side_files import caption_of

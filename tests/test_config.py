@@ -20,7 +20,7 @@ from small_runs import first_value
 
 from dreambooth import cli
 from dreambooth.adapters.lora import ATTENTION, WITH_CONVOLUTIONS
-from dreambooth.class_bank import images_wanted
+from dreambooth.class_images import to_draw
 from dreambooth.config import (
     CHOICES,
     BaseEncoders,
@@ -608,7 +608,8 @@ def test_extra_subjects_of_one_class_share_its_class_images() -> None:
     extras = [EXTRA, EXTRA | {"identifier": "zwx", "class_noun": "dog"}]
     config = resolve(from_plain(plain_with(extra_subjects=extras, prior={"name": "class_images"})))
     assert config.prior_nouns == ["dog", "teapot"]
-    assert config.prior_prompts[:2] == ["a photo of a dog", "a photo of a teapot"] and images_wanted(config) == 2 * LAB["prior.num_images"]
+    assert config.prior_prompts[:2] == ["a photo of a dog", "a photo of a teapot"]
+    assert to_draw(config, None) == dict.fromkeys(["dog", "teapot"], LAB["prior.num_images"])
 
 
 @pytest.mark.parametrize(
