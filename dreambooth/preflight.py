@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth.base.protocol import BaseModel, tokenized
+from dreambooth.captions import is_word_in
 from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.evaluation import final_plan, selection_plan
@@ -71,11 +72,11 @@ def prompt_findings(config: Config, tokenizer: Any, prompts: Sequence[str]) -> l
     tokenized(tokenizer, list(prompts))
     free, found = RARE_TOKENS if config.base.is_lab() else (), []
     for subject in config.subjects:
-        if not getattr(config.method, "new_token", False):  # else the word becomes a token of its own, whatever it was
+        if not config.method.makes_new_token(tokenizer, subject.identifier):
             verdict = judge(tokenizer, subject.identifier, free)
             if verdict.kind != "rare":
                 found.append(f"subject.identifier: {verdict.sentence}; python -m dreambooth tokens lists rare ones")
-        lost = [text for text in dict.fromkeys(prompts) if _names(text, subject.identifier) and not subject.is_named_in(text)]
+        lost = [text for text in dict.fromkeys(prompts) if is_word_in(subject.identifier, text) and not subject.is_named_in(text)]
         if lost:
             others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             told = f"the prompt {lost[0]!r}{others} names {subject.identifier} without its class, {subject.class_noun}"
@@ -161,7 +162,3 @@ def check_memory(config: Config, base: BaseModel, device: str, available: int | 
     if memory.total > HOPELESS * available:
         raise UserError("the run", f"must fit into the {gigabytes(available)} of memory that can be had", memory.describe(), advice)
     return memory, [told, f"warning: it may run out of memory; {advice}"]
-
-
-def _names(text: str, word: str) -> bool:
-    return word.lower() in text.lower().split()

@@ -46,15 +46,40 @@ def test_preflight_has_nothing_to_say_of_a_rare_token(make_config: Callable[...,
     assert findings(make_config({"subject.identifier": "qzv"}), tokenizer, "a photo of a qzv dog", "a photo of a robot") == []
 
 
-def test_preflight_leaves_a_word_that_becomes_a_token_of_its_own(make_config: Callable[..., Config], tokenizer: Any) -> None:
-    config = make_config({"subject.identifier": "<rex>", "method.name": "textual_inversion", "method.new_token": True})
-    assert findings(config, tokenizer, "a photo of a <rex> dog") == []
+@pytest.mark.parametrize(("name", "part"), [("textual_inversion", "method"), ("pivotal_tuning", "method.inversion")])
+@pytest.mark.parametrize(
+    ("word", "setting"), [("<rex>", {}), ("<rex>", {"new_token": True}), ("sks", {"num_vectors": 2}), ("sks", {"new_token": True})]
+)
+def test_preflight_leaves_a_word_that_becomes_a_token_of_its_own(
+    make_config: Callable[..., Config], tokenizer: Any, name: str, part: str, word: str, setting: dict[str, Any]
+) -> None:
+    """Asked for, or with new_token=null where the word is split or stands for several vectors."""
+    settings = {f"{part}.{key}": value for key, value in setting.items()}
+    config = make_config({"subject.identifier": word, "method.name": name, "trainer.max_steps": 10} | settings)
+    assert findings(config, tokenizer, f"a photo of a {word} dog") == []
+
+
+@pytest.mark.parametrize(("name", "part"), [("textual_inversion", "method"), ("pivotal_tuning", "method.inversion")])
+@pytest.mark.parametrize(("word", "setting", "told"), [("sks", {}, "a rifle"), ("qzvy", {"new_token": False}, "3 tokens")])
+def test_preflight_warns_of_a_word_whose_own_rows_learn(
+    make_config: Callable[..., Config], tokenizer: Any, name: str, part: str, word: str, setting: dict[str, Any], told: str
+) -> None:
+    settings = {f"{part}.{key}": value for key, value in setting.items()}
+    config = make_config({"subject.identifier": word, "method.name": name, "trainer.max_steps": 10} | settings)
+    (sentence,) = findings(config, tokenizer, f"a photo of a {word} dog")
+    assert told in sentence
 
 
 def test_preflight_warns_of_a_prompt_without_the_class(make_config: Callable[..., Config], tokenizer: Any) -> None:
     config = make_config({"subject.identifier": "qzv"})
     (sentence,) = findings(config, tokenizer, "a photo of a qzv", "a qzv dog", "qzv dogs", "qzv on the moon")
     assert "'a photo of a qzv' (and 1 more) names qzv without its class, dog" in sentence
+
+
+@pytest.mark.parametrize("prompt", ["a photo of qzv, smiling", "a photo (qzv)", "QZV.", "qzv's photo"])
+def test_preflight_sees_the_word_beside_marks(make_config: Callable[..., Config], tokenizer: Any, prompt: str) -> None:
+    (sentence,) = findings(make_config({"subject.identifier": "qzv"}), tokenizer, prompt, "a photo of qzvx")
+    assert f"the prompt {prompt!r} names qzv without its class" in sentence
 
 
 def test_preflight_refuses_a_prompt_that_is_too_long_before_any_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ gives learning rates to. What it opened is what a checkpoint keeps: `trainable_s
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class Method:
     @property
     def is_additive(self) -> bool:
         """Whether the base's own weights stay as they are, so that what was learned can be taken off."""
+        return False
+
+    def makes_new_token(self, tokenizer: Any, identifier: str) -> bool:
+        """Tells whether attaching makes the identifier a token of its own, which has no past, whatever the word is to the base's tokenizer."""
         return False
 
     @property

@@ -1,6 +1,7 @@
 """Textual inversion (Gal et al. 2023) and pivotal tuning as methods: a word learns first, or alone."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -34,13 +35,18 @@ class TextualInversion(Method):
     def is_additive(self) -> bool:
         return True
 
+    def makes_new_token(self, tokenizer: Any, identifier: str) -> bool:
+        if self.new_token is not None:
+            return self.new_token
+        return self.num_vectors > 1 or len(tokenizer(identifier, add_special_tokens=False).input_ids) > 1
+
     def _open(self, base: BaseModel, names: Names, seed: int) -> list[ParamGroup]:
         word = self.init_word or names.class_noun
         if not word:
             raise ConfigError("method.init_word", "must be set where the subject has no class noun", None, "name a word to start from")
         table = base.text_encoder.get_input_embeddings().weight.detach()
         start = table[base.token_id(word)].mean(0)  # (D,)
-        if self._wants_new_token(base, names.identifier):
+        if self.makes_new_token(base.tokenizer, names.identifier):
             rows = open_new_tokens(base, names.identifier, self.num_vectors)
         else:
             rows = open_own_rows(base, names.identifier)
@@ -49,11 +55,6 @@ class TextualInversion(Method):
             if rows.old_tokenizer is not None:
                 rows.embedding.weight[rows.token_ids] = start  # a new token has no other past
         return [ParamGroup("token", [rows.rows])]
-
-    def _wants_new_token(self, base: BaseModel, identifier: str) -> bool:
-        if self.new_token is not None:
-            return self.new_token
-        return self.num_vectors > 1 or len(base.token_id(identifier)) > 1
 
 
 @dataclass(slots=True)
@@ -77,6 +78,9 @@ class PivotalTuning(Method):
     @property
     def is_additive(self) -> bool:
         return self.then == "lora"
+
+    def makes_new_token(self, tokenizer: Any, identifier: str) -> bool:
+        return self.inversion.makes_new_token(tokenizer, identifier)
 
     @property
     def recipe_name(self) -> str:
