@@ -132,7 +132,7 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     pictures = [image for own in photos.everyone for image in own.images]
     class_images = class_set(config, pictures, ImageSet(bank.images, bank.captions) if bank else None, shown)
     subject = subject_set(photos, config.data.masks is not None)
-    print(describe_batch(config, len(subject.images), len(class_images.images) if class_images else 0))
+    print(describe_batch(config, photos, len(class_images.images) if class_images else 0))
     print("\n".join([*describe_photos(config, photos), config.objective.describe(base)]))
 
     data = DreamBoothData(config, subject, class_images, own)

@@ -202,28 +202,37 @@ def class_set(config: Config, photos: list[Image.Image | Path], bank: ImageSet |
     return ImageSet([photo for _ in templates for photo in photos], captions)  # every pairing
 
 
-def describe_batch(config: Config, photos: int, class_images: int) -> str:
+def describe_batch(config: Config, photos: SubjectPhotos, class_images: int) -> str:
     """Returns what a step is made of and how often each image is seen, in one sentence.
 
     Args:
         config: resolved.
-        photos: of the subject.
+        photos: of all subjects.
         class_images: length of what `class_set` returns; 0 without prior preservation.
     """
     every, steps = config.trainer.accumulate_grad_batches * config.trainer.devices, config.trainer.max_steps
-    seen = steps * every * config.data.batch_size / photos
-    text = f"each step: {every * config.data.batch_size} subject images (each of {photos} photos is seen {seen:.0f} times in {steps} steps)"
+    drawn = every * config.data.batch_size
+    text = f"each step: {drawn} subject images ({_describe_seen(photos, steps, steps * drawn)})"
     if not class_images:
         return text + ", no prior preservation"
     count = every * class_batch_size(config)
     seen = steps * count / class_images
     if config.prior.wants_bank:
-        drawn = f"{count} class images (each of {class_images}: {seen:.1f} times)"
+        told = f"{count} class images (each of {class_images}: {seen:.1f} times)"
     else:
-        pairs = f"{photos} photos x {len(config.prior.templates)} class prompts"
-        drawn = f"{count} class samples (the subject's own photos under class prompts; each of {pairs}: {seen:.1f} times)"
+        pairs = f"{photos.count} photos x {len(config.prior.templates)} class prompts"
+        told = f"{count} class samples (the subject's own photos under class prompts; each of {pairs}: {seen:.1f} times)"
     target = ", whose target is the un-tuned model's prediction" if config.prior.asks_frozen_model else ""
-    return f"{text} + {drawn}{target}, {config.prior.describe_weight()}"
+    return f"{text} + {told}{target}, {config.prior.describe_weight()}"
+
+
+def _describe_seen(photos: SubjectPhotos, steps: int, drawn: int) -> str:
+    """Returns how often each photo is among so many drawn subject images: for each subject, where their repeats differ."""
+    times = {own.repeats: f"{drawn * own.repeats / photos.weighted_count:.0f} times" for own in photos.everyone}
+    if len(times) == 1:
+        return f"each of {photos.count} photos is seen {times[photos.repeats]} in {steps} steps"
+    parts = [f"each of {len(own.images)} photos of {own.subject.in_prompt('{subject}')} is seen {times[own.repeats]}" for own in photos.everyone]
+    return f"{', '.join(parts)} in {steps} steps"
 
 
 def describe_photos(config: Config, photos: SubjectPhotos) -> list[str]:

@@ -47,6 +47,11 @@ class SubjectPhotos:
         return [self, *self.extras]
 
     @property
+    def count(self) -> int:
+        """Photos to train on, of all subjects, each once."""
+        return sum(len(photos.images) for photos in self.everyone)
+
+    @property
     def weighted_count(self) -> int:
         """Photos to train on, repeats counted: what a round through all of them takes."""
         return sum(len(photos.images) * photos.repeats for photos in self.everyone)

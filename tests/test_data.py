@@ -50,6 +50,12 @@ def noisy_sets() -> tuple[ImageSet, ImageSet]:
     return ImageSet(images[:5], [f"s{k}" for k in range(5)]), ImageSet(images[5:], [f"c{k}" for k in range(7)])
 
 
+def photos_of(word: str, count: int, repeats: int, noun: str = "dog") -> SubjectPhotos:
+    images, texts = [flat(k) for k in range(count)], [f"{word} {k}" for k in range(count)]
+    subject = Subject(identifier=word, class_noun=noun)
+    return SubjectPhotos(images, texts, "", [], "", captions=texts, masks=[None] * count, subject=subject, repeats=repeats)
+
+
 def batches(config: Config, images: tuple[ImageSet, ImageSet | None], start: int = 0, count: int | None = None) -> list[Batch]:
     """The batches that a trainer at step `start` sees."""
     data = DreamBoothData(config, *images)
@@ -240,7 +246,7 @@ def test_class_batch_size_is_zero_without_a_prior(make_config: MakeConfig) -> No
 
 def test_describe_batch_counts_images_and_how_often_each_is_seen(make_config: MakeConfig) -> None:
     config = make_config({"data.batch_size": 2, "prior.batch_size": 3, "trainer.max_steps": 100, "prior.weight": 0.5})
-    assert describe_batch(config, 5, 200) == (
+    assert describe_batch(config, photos_of("sks", 5, 1), 200) == (
         "each step: 2 subject images (each of 5 photos is seen 40 times in 100 steps)"
         " + 3 class images (each of 200: 1.5 times), prior loss weight 0.5"
     )
@@ -248,7 +254,30 @@ def test_describe_batch_counts_images_and_how_often_each_is_seen(make_config: Ma
 
 def test_describe_batch_counts_accumulated_batches(make_config: MakeConfig) -> None:
     config = make_config({"data.batch_size": 2, "prior.name": "none", "trainer.max_steps": 100, "trainer.accumulate_grad_batches": 4})
-    assert describe_batch(config, 5, 0) == "each step: 8 subject images (each of 5 photos is seen 160 times in 100 steps), no prior preservation"
+    told = describe_batch(config, photos_of("sks", 5, 1), 0)
+    assert told == "each step: 8 subject images (each of 5 photos is seen 160 times in 100 steps), no prior preservation"
+
+
+def test_describe_batch_counts_a_photo_that_is_repeated_once(make_config: MakeConfig) -> None:
+    config = make_config({"data.batch_size": 2, "prior.name": "none", "trainer.max_steps": 100})
+    told = describe_batch(config, photos_of("sks", 5, 3), 0)
+    assert told == "each step: 2 subject images (each of 5 photos is seen 40 times in 100 steps), no prior preservation"
+
+
+def test_describe_batch_says_how_often_the_photos_of_each_subject_are_seen(make_config: MakeConfig) -> None:
+    """As often as the stream shows them: see `test_several_subjects_are_seen_in_proportion_to_photos_and_repeats`."""
+    everyone = replace(photos_of("sks", 4, 1), extras=[photos_of("ohwx", 2, 3, "cat")])
+    told = describe_batch(make_config({"data.batch_size": 2, "prior.name": "none", "trainer.max_steps": 50}), everyone, 0)
+    seen = "each of 4 photos of sks dog is seen 10 times, each of 2 photos of ohwx cat is seen 30 times in 50 steps"
+    assert told == f"each step: 2 subject images ({seen}), no prior preservation"
+
+
+def test_describe_batch_counts_the_pairs_of_repeated_photos_and_class_prompts_once(make_config: MakeConfig) -> None:
+    changes = {"prior.name": "self_distilled", "prior.batch_size": 3, "prior.prompts": ["a {subject}", "one {subject}"]}
+    config = make_config(changes | {"data.batch_size": 1, "trainer.max_steps": 100})
+    photos = photos_of("sks", 5, 3)
+    pairs = class_set(config, photos.images, None)
+    assert "each of 5 photos x 2 class prompts: 30.0 times" in describe_batch(config, photos, len(pairs.images))
 
 
 # buckets, masks, several subjects
@@ -317,12 +346,6 @@ def test_batch_contents_tell_images_apart_and_know_them_again(augmented: Config)
             by_content.setdefault(content, set()).add(image.numpy().tobytes())
     assert all(len(seen) == 1 for seen in by_content.values())
     assert len(by_content) == len({image for seen in by_content.values() for image in seen})
-
-
-def photos_of(word: str, count: int, repeats: int, noun: str = "dog") -> SubjectPhotos:
-    images, texts = [flat(k) for k in range(count)], [f"{word} {k}" for k in range(count)]
-    subject = Subject(identifier=word, class_noun=noun)
-    return SubjectPhotos(images, texts, "", [], "", captions=texts, masks=[None] * count, subject=subject, repeats=repeats)
 
 
 def test_several_subjects_are_seen_in_proportion_to_photos_and_repeats(make_config: MakeConfig) -> None:

@@ -29,6 +29,7 @@ from dreambooth.final_scores import draw_final_share
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.ranks import ALONE, Ranks
 from dreambooth.runs import RunFolder, load, read_run
+from dreambooth.subject_photos import SubjectPhotos
 
 WORDS = (
     "method=pivotal_tuning",  # a part that stops and a part that begins while the ranks train
@@ -142,12 +143,13 @@ def test_ranks_together_draw_the_samples_of_one_with_the_doubled_batch(make_conf
     small = make_config(hard | {"data.batch_size": 2, "prior.batch_size": 1, "trainer.devices": 2})
     large = make_config(hard | {"data.batch_size": 4, "prior.batch_size": 2})
     loaders = [DreamBoothData(small, *sets, Ranks(index, 2)).train_dataloader() for index in (0, 1)]
+    shown = SubjectPhotos(photos[:3], ["a", "b", "c"], "", [], "")
     for first, second, whole in zip(*loaders, DreamBoothData(large, *sets).train_dataloader(), strict=True):
         keys = torch.cat([first.keys, second.keys])
         order = [keys.tolist().index(key) for key in whole.keys.tolist()]
         assert sorted(order) == list(range(6)) and torch.equal(torch.cat([first.pixel_values, second.pixel_values])[order], whole.pixel_values)
         assert [(first.prompts + second.prompts)[k] for k in order] == whole.prompts
-    assert describe_batch(small, 3, 5) == describe_batch(large, 3, 5)
+    assert describe_batch(small, shown, 5) == describe_batch(large, shown, 5)
 
 
 class Threads(Ranks):

@@ -16,6 +16,7 @@ from dreambooth.errors import ConfigError
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Epsilon, FollowBase, Objective, Sample, Velocity
 from dreambooth.priors import ClassImages, FrozenModel, NoPrior, SelfDistilled, distilled_targets
+from dreambooth.subject_photos import SubjectPhotos
 
 MakeConfig = Callable[..., Config]
 DISTILLED = {"prior.name": "self_distilled"}
@@ -24,6 +25,7 @@ METHODS = {
     "full with text encoder and token": {"method.name": "full", "method.train_text_encoder": True, "method.train_token": True},
     "lora": {"method.name": "lora"},
 }
+PHOTOS = SubjectPhotos([Image.new("RGB", (8, 8))] * 5, list("abcde"), "", [], "")
 EVERYWHERE = [True, False, True, False, False]
 
 
@@ -179,7 +181,7 @@ def test_batches_of_the_self_distilled_prior_have_any_ratio_and_meet_every_pair_
 def test_describe_batch_says_what_the_self_distilled_prior_does(make_config: MakeConfig) -> None:
     changes = {"prior.batch_size": 3, "prior.prompts": ["a {subject}"] * 2, "trainer.max_steps": 100, "prior.weight_end": 0.25}
     config = make_config({**DISTILLED, "data.batch_size": 2, **changes})
-    assert describe_batch(config, 5, 10) == (
+    assert describe_batch(config, PHOTOS, 10) == (
         "each step: 2 subject images (each of 5 photos is seen 40 times in 100 steps)"
         " + 3 class samples (the subject's own photos under class prompts; each of 5 photos x 2 class prompts: 30.0 times),"
         " whose target is the un-tuned model's prediction, prior loss weight from 1 to 0.25 (linear)"
@@ -188,7 +190,7 @@ def test_describe_batch_says_what_the_self_distilled_prior_does(make_config: Mak
 
 def test_describe_batch_says_that_class_images_are_distilled_on(make_config: MakeConfig) -> None:
     config = make_config({**DISTILLED, "prior.images": "class", "data.batch_size": 1, "prior.batch_size": 1, "trainer.max_steps": 10})
-    assert describe_batch(config, 5, 20) == (
+    assert describe_batch(config, PHOTOS, 20) == (
         "each step: 1 subject images (each of 5 photos is seen 2 times in 10 steps)"
         " + 1 class images (each of 20: 0.5 times), whose target is the un-tuned model's prediction, prior loss weight 1"
     )
