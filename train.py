@@ -129,8 +129,8 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
         bank = bank_with_progress(config, base, base_digest, own_bank, own)
     config.objective.prepare(base)  # after the class images: those are the un-tuned base's own
     shown = [own.subject for own in photos.everyone for _ in own.images]
-    pictures = [image for own in photos.everyone for image in own.images]
-    class_images = class_set(config, pictures, ImageSet(bank.images, bank.captions) if bank else None, shown)
+    pictures, names = [image for own in photos.everyone for image in own.images], [name for own in photos.everyone for name in own.names]
+    class_images = class_set(config, pictures, ImageSet(bank.images, bank.captions, names=bank.names) if bank else None, shown, names)
     subject = subject_set(photos, config.data.masks is not None)
     print(describe_batch(config, photos, len(class_images.images) if class_images else 0))
     print("\n".join([*describe_photos(config, photos), config.objective.describe(base)]))
@@ -170,13 +170,14 @@ def watchers(
     config: Config, run: RunFolder, photos: SubjectPhotos, encoders: LoadedEncoders | None, metrics: MetricsFile, own: Ranks
 ) -> "tuple[list[Any], list[Any], SelectionScores]":
     """Returns the loggers and callbacks of a training, and of them the one that chooses the step; on a further rank those where all ranks meet."""
-    from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores, StopAtNonFinite
+    from dreambooth.callbacks import ContinueState, CsvLogger, ProgressLine, SelectionScores
     from dreambooth.final_scores import read_photos
+    from dreambooth.finite_loss import StopAtNonFinite
     from dreambooth.first_steps import Rehearsal, TimeLeft
     from dreambooth.fixed_loss import FixedBatchLoss
 
     selection = SelectionScores(run, config, read_photos(run), encoders, metrics, own)
-    rehearsal, finite, state_keeper = Rehearsal(run, config), StopAtNonFinite(own), ContinueState(run, config.trainer.checkpoint_every)
+    rehearsal, finite, state_keeper = Rehearsal(run, config), StopAtNonFinite(config, own), ContinueState(run, config.trainer.checkpoint_every)
     fixed = FixedBatchLoss(run, config, prepared(photos.held_out or photos.images, config.data.resolution, config.data.crop), metrics, own)
     if not own.is_first:
         return [], [rehearsal, finite, fixed, selection, state_keeper], selection

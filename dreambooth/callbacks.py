@@ -16,7 +16,6 @@ from dreambooth.base.protocol import BaseModel
 from dreambooth.base_images import draw_base
 from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
-from dreambooth.errors import UserError
 from dreambooth.evaluation import Item, draw_together, image_names, save_images, selection_plan
 from dreambooth.files import write_png, write_with
 from dreambooth.final_scores import run_reference
@@ -190,24 +189,6 @@ def write_state(trainer: pl.Trainer, path: Path) -> None:
         write_with(path, trainer.save_checkpoint)
     else:
         trainer.save_checkpoint(path)
-
-
-class StopAtNonFinite(pl.Callback):
-    """Ends the run, on all ranks, at the first loss that is not a number, before it can spoil the weights that were kept."""
-
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        self.ranks = ranks
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        """Looks at the loss of the step."""
-        loss = self.ranks.mean(outputs["loss"])
-        if not torch.isfinite(loss):
-            raise UserError(
-                "the loss",
-                f"must stay finite, at step {trainer.global_step}",
-                float(loss),
-                "lower optim.learning_rate, or use trainer.precision=32-true",
-            )
 
 
 class ProgressLine(pl.Callback):

@@ -49,6 +49,7 @@ class ClassBank(NamedTuple):
     nouns: list[str]
     digest: str
     warnings: list[str]
+    names: list[str]  # of the images, for people
 
 
 class Manifest(NamedTuple):
@@ -136,7 +137,8 @@ def draw_bank(
         _grow(config, base, base_digest, len(wanted), noun, on_progress, ranks)
     on_progress(len(wanted), len(wanted))
     captions, nouns = [item.prompt for item in wanted], [noun or config.prior_nouns[0]] * len(wanted)
-    return ClassBank([folder / item.name for item in wanted], captions, nouns, drawn_digest(config, base_digest, len(wanted), noun), [])
+    files = [folder / item.name for item in wanted]
+    return ClassBank(files, captions, nouns, drawn_digest(config, base_digest, len(wanted), noun), [], [str(file) for file in files])
 
 
 def in_batches(config: Config, count: int) -> int:

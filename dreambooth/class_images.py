@@ -106,6 +106,7 @@ def together(parts: Sequence[ClassBank]) -> ClassBank:
         [noun for part in parts for noun in part.nouns],
         _joined([part.digest for part in parts]),
         [line for part in parts for line in part.warnings],
+        [name for part in parts for name in part.names],
     )
 
 
@@ -167,8 +168,9 @@ def _images_of(config: Config, folder: str, noun: str) -> ClassBank:
     caption = bank_prompts(config, noun)[0]
     photos = sorted(found.photos, key=lambda photo: photo.sha256)  # by content: renaming a file changes no result
     images, captions, nouns = [photo.image for photo in photos], [caption] * len(photos), [noun] * len(photos)
+    names = [photo.name for photo in photos]
     if config.data.captions == "prompt":
-        return ClassBank(images, captions, nouns, found.digest, found.warnings)
+        return ClassBank(images, captions, nouns, found.digest, found.warnings, names)
     captions = [fill(photo.caption, noun, "", noun) if photo.caption else caption for photo in photos]
     words = [subject.identifier for subject in config.subjects]
     doubts = [
@@ -177,7 +179,7 @@ def _images_of(config: Config, folder: str, noun: str) -> ClassBank:
         if any(is_word_in(word, text) for word in words)
     ]
     digest = hashlib.sha256("\n".join([found.digest, *captions]).encode()).hexdigest()
-    return ClassBank(images, captions, nouns, digest, found.warnings + doubts)
+    return ClassBank(images, captions, nouns, digest, found.warnings + doubts, names)
 
 
 def _images_of_bank(config: Config, folder: Path, manifest: Manifest, noun: str) -> ClassBank:
@@ -201,7 +203,8 @@ def _images_of_bank(config: Config, folder: Path, manifest: Manifest, noun: str)
     foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in {*manifest.hashes, MANIFEST})
     warnings = [f"{folder}: ignored what its manifest does not name ({len(foreign)}): {', '.join(foreign[:3])}"] if foreign else []
     digest = hashlib.sha256("\n".join([*hashes, *captions]).encode()).hexdigest()
-    return ClassBank([folder / item.name for item in items], captions, [noun] * len(items), digest, warnings)
+    files = [folder / item.name for item in items]
+    return ClassBank(files, captions, [noun] * len(items), digest, warnings, [str(file) for file in files])
 
 
 def _check_fits(config: Config, folder: Path, manifest: Manifest, noun: str) -> None:

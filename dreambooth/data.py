@@ -34,6 +34,12 @@ class Batch(NamedTuple):
     keys: Tensor  # (B, 3) int64: (seed, step, sample), all that the randomness of a sample depends on
     mask: Tensor | None = None  # (B, 1, H, W) in [0, 1], 1 where the subject is, 1 everywhere without a mask; None: this run has no masks
     contents: list[str] | None = None  # B, a digest of each sample's pixels: what a cache may know them by
+    names: list[str | None] | None = None  # B, for people: the file of each image; None where it has none
+
+    def describe(self, row: int) -> str:
+        """Returns which sample stands in a row, for people: its kind, the name of its image, its prompt."""
+        kind, name = "class sample" if self.is_prior[row] else "subject image", self.names[row] if self.names else None
+        return f"{kind}{f' {name}' if name else ''} ({self.prompts[row]!r})"
 
 
 class Draw(NamedTuple):
@@ -55,6 +61,7 @@ class ImageSet(NamedTuple):
     images: list[Image.Image | Path]
     captions: list[str]
     masks: list[Image.Image | None] | None = None  # of the pictures, mode L, white is the subject; None: of none
+    names: list[str] | None = None  # of the images, for people; None: they have none
 
 
 class Sample(NamedTuple):
@@ -65,6 +72,7 @@ class Sample(NamedTuple):
     draw: Draw
     mask: np.ndarray | None  # uint8 (H, W), cut as the image; None: the whole image counts
     content: str  # digest of the pixels
+    name: str | None  # of the image, for people
 
 
 @lru_cache(maxsize=16)
@@ -111,7 +119,8 @@ class MixedImages(Dataset[Sample]):
         flip = self.data.flip and randomness.uniform(randomness.FLIP, *key) < 0.5
         place = frame(image, size, self.data.crop, u)
         mask, pixels = kind.masks[index] if kind.masks else None, cut(image, place, flip)
-        return Sample(pixels, kind.captions[index], draw, None if mask is None else cut(mask, place, flip), pixels_digest(pixels))
+        mask = None if mask is None else cut(mask, place, flip)
+        return Sample(pixels, kind.captions[index], draw, mask, pixels_digest(pixels), kind.names[index] if kind.names else None)
 
 
 def pixels_digest(pixels: np.ndarray) -> str:
@@ -161,12 +170,12 @@ class DreamBoothData(pl.LightningDataModule):
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Returns the samples as one batch."""
-        pixels, captions, draws, masks, contents = zip(*samples, strict=True)
+        pixels, captions, draws, masks, contents, names = zip(*samples, strict=True)
         keys = torch.tensor([[self.config.seed, draw.step, draw.sample] for draw in draws])  # (B, 3)
         is_prior = torch.tensor([draw.is_prior for draw in draws])
         has_masks = self.images.kinds[False].masks is not None
         mask = torch.stack([_mask_tensor(own, image.shape[:2]) for own, image in zip(masks, pixels, strict=True)]) if has_masks else None
-        return Batch(to_pixel_values(np.stack(pixels)), list(captions), is_prior, keys, mask, list(contents))
+        return Batch(to_pixel_values(np.stack(pixels)), list(captions), is_prior, keys, mask, list(contents), list(names))
 
 
 def _mask_tensor(mask: np.ndarray | None, size: tuple[int, int]) -> Tensor:
@@ -183,10 +192,17 @@ def subject_set(photos: SubjectPhotos, with_masks: bool) -> ImageSet:
     """Returns what the subject samples of the batches are made of: the photos of every subject, each as often as its repeats say."""
     chosen = [(own, k) for own in photos.everyone for _ in range(own.repeats) for k in range(len(own.images))]
     masks = [own.masks[k] for own, k in chosen] if with_masks else None
-    return ImageSet([own.images[k] for own, k in chosen], [own.captions[k] for own, k in chosen], masks)
+    names = [own.names[k] for own, k in chosen]
+    return ImageSet([own.images[k] for own, k in chosen], [own.captions[k] for own, k in chosen], masks, names)
 
 
-def class_set(config: Config, photos: list[Image.Image | Path], bank: ImageSet | None, subjects: list[Subject] | None = None) -> ImageSet | None:
+def class_set(
+    config: Config,
+    photos: list[Image.Image | Path],
+    bank: ImageSet | None,
+    subjects: list[Subject] | None = None,
+    names: list[str] | None = None,
+) -> ImageSet | None:
     """Returns what the class samples of the batches are made of; None without prior preservation.
 
     Args:
@@ -194,12 +210,14 @@ def class_set(config: Config, photos: list[Image.Image | Path], bank: ImageSet |
         photos: the subjects'.
         bank: class images with their captions, where the prior wants some.
         subjects: whom each photo shows; None: the first subject.
+        names: of the photos, for people; None: they have none.
     """
     if bank is not None or not config.prior.class_samples:
         return bank
     shown, templates = subjects or [config.subject] * len(photos), config.prior.templates
     captions = [subject.prior_in_prompt(template) for template in templates for subject in shown]
-    return ImageSet([photo for _ in templates for photo in photos], captions)  # every pairing
+    names = names and [name for _ in templates for name in names]
+    return ImageSet([photo for _ in templates for photo in photos], captions, names=names)  # every pairing
 
 
 def describe_batch(config: Config, photos: SubjectPhotos, class_images: int) -> str:

@@ -15,11 +15,12 @@ HUBER_SCHEDULES = ("exponential", "snr", "constant")
 
 
 class Loss(NamedTuple):
-    """The three numbers of one training step; all scalars, `total = subject + prior_loss_weight * prior`."""
+    """What one training step gives: three scalars, `total = subject + prior_loss_weight * prior`, and what they are made of."""
 
     total: Tensor
     subject: Tensor
     prior: Tensor
+    per_sample: Tensor  # (B,) float32, detached: each sample's own, by its timestep's weight but without lambda
 
     def as_logs(self, prefix: str) -> dict[str, Tensor]:
         """Returns detached values under the metric keys that dashboards use."""
@@ -218,4 +219,4 @@ def prior_preservation_loss(
     prior = is_prior.to(per_sample.dtype)
     subject_loss = (per_sample * (1.0 - prior)).sum() / (1.0 - prior).sum().clamp(min=1.0)
     prior_loss = (per_sample * prior).sum() / prior.sum().clamp(min=1.0)
-    return Loss(subject_loss + prior_loss_weight * prior_loss, subject_loss, prior_loss)
+    return Loss(subject_loss + prior_loss_weight * prior_loss, subject_loss, prior_loss, per_sample.detach())

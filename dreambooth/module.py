@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +19,14 @@ from dreambooth.errors import UserError
 from dreambooth.priors import FrozenModel, distilled_targets
 from dreambooth.randomness import DROPOUT, POSTERIOR, normals, seed_torch
 from dreambooth.sharding import gathered, shard, whole
+
+
+class LastBatch(NamedTuple):
+    """What the newest training step gave, sample by sample; all detached."""
+
+    loss: Tensor  # scalar, neither scaled nor divided among the batches of a step
+    per_sample: Tensor  # (B,)
+    t: Tensor  # (B,) timesteps
 
 
 class DreamBoothModule(pl.LightningModule):
@@ -47,6 +55,7 @@ class DreamBoothModule(pl.LightningModule):
             enable({"use_reentrant": False})
         if config.trainer.compile:
             base.unet.compile()  # in place: no name of the state dict changes
+        self.last: LastBatch | None = None  # None before the first training step
         self.strict_loading = False  # a checkpoint holds what learns; `on_load_checkpoint` checks that it holds all of it
 
     def configure_model(self) -> None:
@@ -74,6 +83,7 @@ class DreamBoothModule(pl.LightningModule):
             target = distilled_targets(self.base, self.frozen, target, noisy, t, batch.prompts, batch.is_prior)
         pred = self.base.predict(noisy, t, text)  # (B, C, h, w)
         loss = prior_preservation_loss(pred, target, batch.is_prior, self.prior_loss_weight(batch), weight, delta, self.cell_weight(batch))
+        self.last = LastBatch(loss.total.detach(), loss.per_sample, t)
         self.log_dict(loss.as_logs("train/"), batch_size=len(latents), sync_dist=self.config.trainer.devices > 1)
         return loss.total
 

@@ -23,7 +23,7 @@ LAYERS = {  # each may import itself and what stands above it here
         "live_storage memory memory_cuts sharding preflight metrics_csv runs taken_over class_bank class_images subject_photos generation evaluation "
         "base_images scoring lab_truth final_scores rescoring arms combined_scores interop"
     ),
-    "train": "data module sharded_strategy fixed_loss callbacks first_steps mirror",
+    "train": "data module sharded_strategy fixed_loss finite_loss callbacks first_steps mirror",
     "faces": "cli sweeps summary report dashboard studio __main__",
     "scripts": "train evaluate generate",
 }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +20,15 @@ from PIL import Image
 from small_runs import ROOT, SMALL, cut, make_photos, run, typed, weights
 
 from dreambooth import class_bank, evaluation, final_scores, ranks
-from dreambooth.callbacks import StopAtNonFinite
 from dreambooth.class_bank import draw_bank
 from dreambooth.config import Config
-from dreambooth.data import DreamBoothData, ImageSet, describe_batch
+from dreambooth.data import Batch, DreamBoothData, ImageSet, describe_batch
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.evaluation import draw_together, selection_plan
 from dreambooth.final_scores import draw_final_share
+from dreambooth.finite_loss import StopAtNonFinite
 from dreambooth.metrics_csv import MetricsFile
+from dreambooth.module import LastBatch
 from dreambooth.ranks import ALONE, Ranks
 from dreambooth.runs import RunFolder, load, read_run
 from dreambooth.subject_photos import SubjectPhotos
@@ -236,15 +238,23 @@ def test_draw_final_share_leaves_every_picture_of_the_tuned_arms_in_the_folder_o
     assert drawn == []
 
 
-def test_stop_at_non_finite_stops_all_ranks_when_one_has_no_number() -> None:
-    losses, trainer = [torch.tensor(1.0), torch.tensor(float("nan"))], type("Trainer", (), {"global_step": 3})
+def test_stop_at_non_finite_stops_all_ranks_and_names_the_sample_of_another_one(make_config: Callable[..., Config]) -> None:
+    trainer, config, nan = SimpleNamespace(global_step=2), make_config(), float("nan")
 
     def stopped(own: Ranks) -> str:
+        images, keys = torch.zeros(2, 3, 8, 8), torch.tensor([[0, 2, 0], [0, 2, 1]])
+        batch = Batch(images, ["a sks dog"] * 2, torch.tensor([False, False]), keys, names=[f"{own.index}a.png", f"{own.index}b.png"])
+        losses = torch.tensor([1.0, nan if own.index else 1.0])
+        finite, module = StopAtNonFinite(config, own), SimpleNamespace(last=LastBatch(losses.mean(), losses, torch.tensor([7, 11])))
+        finite.on_train_batch_start(trainer, module, batch, 0)
         with pytest.raises(UserError) as error:
-            StopAtNonFinite(own).on_train_batch_end(trainer, None, {"loss": losses[own.index]})
+            finite.on_before_backward(trainer, module, losses.mean())
         return str(error.value)
 
-    assert all("must stay finite, at step 3" in sentence for sentence in both(stopped))
+    sentences = both(stopped)
+    assert sentences[0] == sentences[1] and sentences[0].startswith(
+        "the loss must stay finite, at step 3, for subject image 1b.png ('a sks dog') at timestep 11, got nan; lower optim.learning_rate"
+    )
 
 
 def test_check_refuses_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
