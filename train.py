@@ -27,7 +27,7 @@ from dreambooth.encoders import LoadedEncoders
 from dreambooth.generation import pick_device
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.mirror import mirror_scores, mirror_taken, wandb_logger
-from dreambooth.preflight import before_loading, check_disk, check_memory, require_writable
+from dreambooth.preflight import before_loading, cache_needed, check_disk, check_memory, require_writable
 from dreambooth.ranks import ALONE, Ranks
 from dreambooth.recipes import resolve, settle_steps
 from dreambooth.runs import RunFolder, claimed_run, read_run
@@ -124,7 +124,9 @@ def fit_and_score(config: Config, run: RunFolder, photos: SubjectPhotos, own_ban
     if own.is_first:
         with run.clock("memory estimate"):
             memory, lines = check_memory(config, base, device)
-        print("\n".join([*lines, check_disk(config, run.path, memory, still_to_draw(config, base_digest, own_bank))]))
+        class_images = sum(to_draw(config, own_bank).values()) + (len(own_bank.images) if own_bank else 0)
+        cache = cache_needed(config, base, photos, class_images, all_prompts(config, photos, own_bank))
+        print("\n".join([*lines, check_disk(config, run.path, memory, still_to_draw(config, base_digest, own_bank), cache)]))
     with run.clock("class images"):
         bank = bank_with_progress(config, base, base_digest, own_bank, own)
     config.objective.prepare(base)  # after the class images: those are the un-tuned base's own

@@ -1,11 +1,13 @@
 """What is looked at before a run costs anything: the prompts, the scorers, the folder, then the memory and the disk that it will need."""
 
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dreambooth.base.protocol import BaseModel, tokenized
+from dreambooth.buckets import bucket_sizes, nearest_bucket
 from dreambooth.captions import is_word_in
 from dreambooth.config import Config
 from dreambooth.errors import UserError
@@ -14,10 +16,12 @@ from dreambooth.files import require_free
 from dreambooth.lab.splits import RARE_TOKENS
 from dreambooth.memory import Memory, available_bytes, estimate, gigabytes
 from dreambooth.memory_cuts import find_cuts
+from dreambooth.subject_photos import SubjectPhotos
 from dreambooth.tokens import judge
 
 ROOM = 0.9  # share of the memory that can be had; the rest is for what the estimate does not see
 HOPELESS = 1.5  # times the memory that can be had: above it a run is refused, below it only warned of
+ENTRY = 512  # bytes of a cache's file beside its tensors: their names, its key and checksum
 FINAL_ARMS = 3  # un-tuned base, best step, last step
 
 
@@ -28,6 +32,7 @@ class Disk(NamedTuple):
     pictures: int  # of all evaluations, with the grids
     class_images: int
     wandb: int
+    cache: int = 0  # of latents and text embeddings
 
     @property
     def total(self) -> int:
@@ -101,7 +106,7 @@ def before_loading(config: Config, prompts: Sequence[str]) -> list[str]:
     return found
 
 
-def disk_needed(config: Config, memory: Memory, class_images: int) -> Disk:
+def disk_needed(config: Config, memory: Memory, class_images: int, cache: int = 0) -> Disk:
     """Returns the bytes that a run will write at most.
 
     A picture counts as if PNG compressed nothing. Each checkpoint file is written beside the one that it replaces.
@@ -110,24 +115,59 @@ def disk_needed(config: Config, memory: Memory, class_images: int) -> Disk:
         config: resolved.
         memory: its estimate: what learns is as large as its gradients.
         class_images: how many the base still has to draw.
+        cache: bytes, from `cache_needed`.
     """
     picture = 3 * config.data.resolution**2
     steps, every = config.trainer.max_steps, config.trainer.eval_every
     evaluations = 1 + steps // every + (1 if steps % every else 0)
     selection = evaluations * len(selection_plan(config)) * picture
     final = FINAL_ARMS * len(final_plan(config)) * picture
-    learned, state = memory.gradients, memory.gradients + memory.optimizer + memory.average
+    share = config.trainer.devices if config.trainer.sharding else 1  # the memory is of one device, but a file is whole
+    learned = share * memory.gradients
+    state = learned + share * memory.optimizer + memory.average
     mirror = selection + final if config.wandb.mode != "disabled" else 0
-    return Disk(3 * learned + 2 * state, 2 * (selection + final), class_images * picture, mirror)
+    return Disk(3 * learned + 2 * state, 2 * (selection + final), class_images * picture, mirror, cache)
 
 
-def check_disk(config: Config, run_folder: Path, memory: Memory, class_images: int) -> str:
+def cache_needed(config: Config, base: BaseModel, photos: SubjectPhotos, class_images: int, prompts: Sequence[str]) -> int:
+    """Returns the bytes that `data.cache=disk` will write at most: 0 for the other caches, and never more than is left of `data.cache_mb`.
+
+    Each image is kept once for every way it is cut: flipped or not, in each bucket a class image, anew with each random crop.
+
+    Args:
+        config: resolved.
+        base: gives the size of latents and of text embeddings.
+        photos: of all subjects.
+        class_images: in the bank, those that are still to be drawn among them.
+        prompts: that may be trained on.
+    """
+    if config.data.cache != "disk":
+        return 0
+    side, images = config.data.resolution, [image for own in photos.everyone for image in own.images]
+    sizes = bucket_sizes(side) if config.data.buckets else [(side, side)]
+    used = {sizes[nearest_bucket(*image.size, sizes)] for image in images}
+    trainer, classes = config.trainer, config.prior.class_samples
+    seen = trainer.max_steps * trainer.accumulate_grad_batches * trainer.devices * (config.data.batch_size + classes)
+    cut = (2 if config.data.flip else 1) * (len(images) + class_images * len(used))
+    kept = seen if config.data.crop == "random" else min(seen, cut)
+    cells = max(math.prod(base.latent_shape(height, width)) for width, height in used)
+    latents = 2 * cells * (2 if config.data.cache_dtype == "float16" else 4) + ENTRY  # means and standard deviations
+    text = 4 * base.tokenizer.model_max_length * base.text_encoder.get_input_embeddings().weight.shape[1] + ENTRY
+    held = sum(file.stat().st_size for file in (Path(config.output_dir) / "caches").glob("*/*.safetensors"))
+    return min(kept * latents + len(set(prompts)) * text, max(0, config.data.cache_mb * 10**6 - held))
+
+
+def check_disk(config: Config, run_folder: Path, memory: Memory, class_images: int, cache: int = 0) -> str:
     """Returns in one line what the run will write; what it wrote before it was cut off counts as written.
+
+    Args:
+        config, memory, class_images, cache: as for `disk_needed`.
+        run_folder: where it writes.
 
     Raises:
         UserError: the disk has no room for it.
     """
-    disk = disk_needed(config, memory, class_images)
+    disk = disk_needed(config, memory, class_images, cache)
     written = sum(file.stat().st_size for file in run_folder.rglob("*") if file.is_file())
     require_free(run_folder, max(0, disk.total - written), "output_dir", f"this run ({disk.describe()})")
     return f"disk: at most {gigabytes(disk.total)} ({disk.describe()})"

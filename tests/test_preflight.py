@@ -7,13 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from small_runs import run
 from tiny_pipelines import build_tokenizer
 
 from dreambooth.base.protocol import BaseModel
 from dreambooth.base.stable_diffusion import StableDiffusion
+from dreambooth.caches import make_caches
 from dreambooth.config import Config, fingerprint, to_plain
+from dreambooth.data import DreamBoothData, ImageSet, subject_set
 from dreambooth.encoders import ClipDino
 from dreambooth.errors import ConfigError, UserError
 from dreambooth.first_steps import TimeLeft, duration, time_left
@@ -21,7 +26,8 @@ from dreambooth.interop.names import joepenna_name
 from dreambooth.memory import Memory, estimate
 from dreambooth.memory_cuts import CUTS, find_cuts
 from dreambooth.metrics_csv import MetricsFile
-from dreambooth.preflight import before_loading, check_disk, check_memory, disk_needed, prompt_findings, require_writable
+from dreambooth.preflight import before_loading, cache_needed, check_disk, check_memory, disk_needed, prompt_findings, require_writable
+from dreambooth.subject_photos import SubjectPhotos
 
 MEGA = 10**6
 WORDS = ["photo", "dog", "robot", "beach", "jungle", "mountain", "backpack", "teapot", "qzv", "sks"]
@@ -119,6 +125,52 @@ def test_disk_needed_adds_up_by_hand(make_config: Callable[..., Config]) -> None
     assert disk.checkpoints == 2 * 100 + 100 + 2 * 310  # best, final, one of them anew; two states of weights, moments and average
     assert disk.pictures == 2 * picture * (evaluations * selection + 3 * final)
     assert (disk.class_images, disk.wandb) == (3 * picture, 0)
+
+
+def test_disk_needed_counts_the_whole_checkpoints_of_a_run_that_is_shared_out(make_config: Callable[..., Config]) -> None:
+    shared = make_config({"trainer.sharding": True, "trainer.devices": 4})
+    assert (
+        disk_needed(shared, Memory(9, 25, 50, 0, 0, 5, 6), 0).checkpoints
+        == disk_needed(make_config(), Memory(9, 100, 200, 0, 0, 5, 6), 0).checkpoints
+    )
+
+
+def written_cache(config: Config, base: BaseModel, photos: SubjectPhotos, class_images: int) -> int:
+    """Bytes that the cache of a whole run leaves in its folder, by asking for all its samples."""
+    noise = np.random.default_rng(1).integers(0, 256, (class_images, 64, 64, 3), dtype=np.uint8)
+    bank = ImageSet([Image.fromarray(image) for image in noise], [f"a dog {k}" for k in range(class_images)])
+    folder = Path(config.output_dir) / "caches"
+    caches = make_caches(base, "disk", folder, config.data.cache_mb * MEGA, config.data.cache_dtype)
+    for batch in DreamBoothData(config, subject_set(photos, False), bank).train_dataloader():
+        latents = base.latent_shape(*batch.pixel_values.shape[-2:])
+        caches.latents(batch.pixel_values, batch.contents, torch.zeros(len(batch.prompts), *latents))
+        caches.embeddings(batch.prompts)
+    return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"data.flip": True}, {"data.crop": "random"}, {"data.buckets": True}, {"data.cache_dtype": "float16"}])
+def test_cache_needed_is_what_the_cache_of_a_run_writes(make_config: Callable[..., Config], shared_base: BaseModel, changes: dict) -> None:
+    settings = {"data.cache": "disk", "data.batch_size": 2, "prior.batch_size": 2, "trainer.max_steps": 40}
+    config, rng = make_config(settings | changes), np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in ((96, 64, 3), (64, 96, 3), (64, 97, 3))]
+    photos = SubjectPhotos(images, list("abc"), "", [], "", captions=["a", "b", "c"])
+    needed = cache_needed(config, shared_base, photos, 4, [*photos.captions, *(f"a dog {k}" for k in range(4))])
+    written = written_cache(config, shared_base, photos, 4)
+    least = 0.4 if config.data.crop == "random" else 0.75  # crops of images this small come again
+    assert least * needed <= written <= needed
+
+
+def test_cache_needed_is_bounded_by_what_is_left_of_cache_mb(make_config: Callable[..., Config], shared_base: BaseModel) -> None:
+    photos = SubjectPhotos([Image.new("RGB", (64, 64))], ["a"], "", [], "", captions=["a"])
+    config = make_config({"data.cache": "disk", "data.cache_mb": 1, "trainer.max_steps": 10**5, "data.crop": "random"})
+    assert cache_needed(config, shared_base, photos, 0, []) == MEGA
+    entry = Path(config.output_dir) / "caches" / "ab" / "abc.safetensors"
+    entry.parent.mkdir(parents=True)
+    entry.write_bytes(b"x" * 400_000)
+    assert cache_needed(config, shared_base, photos, 0, []) == MEGA - 400_000
+    assert cache_needed(make_config({"data.cache": "memory"}), shared_base, photos, 0, []) == 0
+    disk = disk_needed(config, Memory(0, 0, 0, 0, 0, 0, 0), 0, cache=600_000)
+    assert disk.cache == 600_000 and "cache 1 MB" in disk.describe() and disk.total == sum(disk[:-1]) + 600_000
 
 
 def test_check_disk_refuses_a_disk_that_is_too_full(make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
