@@ -15,6 +15,7 @@ from dreambooth.errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
 RATES = ("learning_rate", "text_encoder_learning_rate", "token_learning_rate")
+LEAST_FACTOR = 0.01  # of the rate that Prodigy finds; below it stand rates that were meant for AdamW
 
 
 @dataclass(slots=True)
@@ -166,6 +167,11 @@ class Prodigy(Adam):
             raise ConfigError("optim", "must have one rate for all parts, or 0: prodigy finds a single one", sorted(rates), "set all three to 1.0")
 
     def check(self, device: str, precision: str) -> None:
+        for key in RATES:  # not at once, so that the run folders of others can still be read
+            value = getattr(self, key)
+            if value is not None and 0 < value < LEAST_FACTOR:
+                rule = "must be about 1 with optim=prodigy, which finds the rate itself and takes this as a factor of it"
+                raise ConfigError(f"optim.{key}", rule, value, f"add {' '.join(f'optim.{rate}=1.0' for rate in RATES)}")
         _require_package("prodigyopt", "prodigy")
 
     def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:

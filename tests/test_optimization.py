@@ -175,6 +175,20 @@ def test_prodigy_refuses_a_value_that_cannot_work(field: str, value: object) -> 
         Prodigy(**{field: value})
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "text_encoder_learning_rate", "token_learning_rate"])
+def test_prodigy_refuses_a_rate_that_was_meant_for_adamw(key: str) -> None:
+    """As a preset for AdamW brings it: the factor would leave a millionth of the rate that was found."""
+    others = dict.fromkeys(("learning_rate", "text_encoder_learning_rate", "token_learning_rate"), 0.0)
+    with pytest.raises(ConfigError, match=rf"^optim\.{key} must be about 1 with optim=prodigy.*got 1e-06; add optim.learning_rate=1.0 optim.text"):
+        Prodigy(**others | {key: 1e-6}).check("cpu", "32-true")
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5, 1.0, 2.0])
+def test_prodigy_takes_a_factor_of_about_one(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    Prodigy(learning_rate=rate, text_encoder_learning_rate=rate, token_learning_rate=0.0).check("cpu", "32-true")
+
+
 def test_prodigy_lets_a_part_stay_out() -> None:
     assert Prodigy(text_encoder_learning_rate=0.0).rate("text_encoder") == 0
 
