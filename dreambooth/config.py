@@ -22,7 +22,7 @@ from dreambooth.encoders import ClipDino, Encoders, LabEncoders
 from dreambooth.errors import ConfigError
 from dreambooth.objective import Epsilon, FollowBase, Objective, Sample, Velocity
 from dreambooth.optimization import AdamW, AdamW8bit, Optimizer, Prodigy
-from dreambooth.priors import ClassImages, NoPrior, Prior, SelfDistilled
+from dreambooth.priors import ClassImages, NoPrior, Prior, RecipePrior, SelfDistilled
 from dreambooth.samplers import SAMPLERS
 from dreambooth.side_files import MASKS
 
@@ -343,7 +343,7 @@ class Config:
 
 CHOICES: dict[str, tuple[type, ...]] = {
     "base": (StableDiffusion,),
-    "prior": (NoPrior, ClassImages, SelfDistilled),
+    "prior": (NoPrior, ClassImages, SelfDistilled, RecipePrior),
     "method": (Full, Lora, CrossAttentionKV, TextualInversion, PivotalTuning),
     "objective": (FollowBase, Epsilon, Velocity, Sample),
     "optim": (AdamW, AdamW8bit, Prodigy),

@@ -10,6 +10,7 @@ from dreambooth.base.protocol import BaseModel, tokenized
 from dreambooth.buckets import bucket_sizes, nearest_bucket
 from dreambooth.captions import is_word_in
 from dreambooth.config import Config
+from dreambooth.cross_checks import odd_settings
 from dreambooth.errors import UserError
 from dreambooth.evaluation import final_plan, selection_plan
 from dreambooth.files import require_free
@@ -99,7 +100,7 @@ def before_loading(config: Config, prompts: Sequence[str]) -> list[str]:
     Raises:
         UserError: something without which the run would fail later.
     """
-    found = prompt_findings(config, config.base.load_tokenizer(), prompts)
+    found = [*odd_settings(config), *prompt_findings(config, config.base.load_tokenizer(), prompts)]
     missing = config.encoders.missing()
     if missing:
         found.append(f"this run draws pictures but has no scores, unless these weights can be downloaded: {missing}")

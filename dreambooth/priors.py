@@ -130,6 +130,13 @@ class ClassImages(ClassTerm):
 
 
 @dataclass(slots=True)
+class RecipePrior(ClassImages):
+    """The prior that belongs to the method: class images; none for textual inversion, whose word no class prompt has."""
+
+    name: str = "recipe"
+
+
+@dataclass(slots=True)
 class SelfDistilled(ClassTerm):
     """The tuned model shall say under a class prompt what the un-tuned one says there, on the same noisy latents.
 

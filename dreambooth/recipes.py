@@ -1,15 +1,18 @@
 """Recipes: what `null` in the config means for each family of base models, and the step that fills it in."""
 
 import copy
+import dataclasses
 import functools
 from typing import Any
 
 from dreambooth.adapters.lora import ATTENTION, WITH_CONVOLUTIONS
 from dreambooth.adapters.textual_inversion import PivotalTuning, TextualInversion
 from dreambooth.config import BaseEncoders, Config
+from dreambooth.cross_checks import refuse_ignored
 from dreambooth.dreambench import read_dreambench, same_prompt
 from dreambooth.encoders import ClipDino, LabEncoders
 from dreambooth.errors import ConfigError
+from dreambooth.priors import ClassImages, NoPrior, RecipePrior
 
 # The lab: measured on this project's own base, see experiments/. The final contexts appear in no photo and in no class caption;
 # the selection contexts are in no photo. Photos are captioned with their places: otherwise the word is learned for pictures whose place is not
@@ -139,9 +142,11 @@ def resolve(config: Config) -> Config:
 
     Raises:
         ConfigError: if the subject is not said: photos without a class noun, or neither photos nor the lab; or if a final prompt
-            also chooses the step.
+            also chooses the step; or if a setting would do nothing (`refuse_ignored`).
     """
     lab = config.base.is_lab()
+    if isinstance(config.prior, RecipePrior):
+        config.prior = _prior_of_the_recipe(config)
     if config.data.dreambench is not None:
         _take_from_dreambench(config)
     if config.data.subject_dir is not None and config.subject.class_noun is None:
@@ -180,7 +185,18 @@ def resolve(config: Config) -> Config:
         config.trainer.checkpoint_every = config.trainer.eval_every
     if isinstance(config.encoders, BaseEncoders):
         config.encoders = (LabEncoders if lab else ClipDino)(lpips_backbone=config.encoders.lpips_backbone)
+    refuse_ignored(config)
     return config
+
+
+def _prior_of_the_recipe(config: Config) -> NoPrior | ClassImages:
+    """Returns class images; no prior where a word alone learns, unless a setting of the prior was asked for.
+
+    No class prompt has the word, so the class term has no gradient there.
+    """
+    if isinstance(config.method, TextualInversion) and config.prior == RecipePrior():
+        return NoPrior()
+    return ClassImages(**{own.name: getattr(config.prior, own.name) for own in dataclasses.fields(ClassImages) if own.name != "name"})
 
 
 def settle_steps(config: Config, photos: int) -> Config:

@@ -18,7 +18,7 @@ LAYERS = {  # each may import itself and what stands above it here
         "base lab adapters averaging objective priors optimization encoders clip_dino perceptual samplers photo_folder side_files caches "
         "dreambench tokens files claims ranks"
     ),
-    "page": "config recipes",
+    "page": "config cross_checks recipes",
     "after": (
         "live_storage memory memory_cuts sharding preflight metrics_csv runs taken_over class_bank class_images subject_photos generation evaluation "
         "base_images scoring lab_truth final_scores rescoring arms combined_scores interop"
