@@ -182,7 +182,7 @@ class Training:
     early_stop_patience: int | None = None  # stop after so many evaluations in a row without a better step; null: never
     checkpoint_every: int | None = None  # steps between states that a killed run continues from; null: eval_every
     accumulate_grad_batches: int = 1  # batches a step
-    gradient_clip_val: float = 1.0  # largest gradient norm
+    gradient_clip_val: float | None = 1.0  # largest gradient norm; null: gradients are not clipped
     ema_decay: float | None = None  # moving average of what learns, in [0, 1): it is evaluated and kept then; null: none; 0.999 is usual
     gradient_checkpointing: bool = False  # less memory, a third slower: activations are computed again where the gradient needs them
     compile: bool = False  # torch.compile of the UNet: minutes at the start, for long runs on a GPU
@@ -194,9 +194,11 @@ class Training:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "eval_every", "checkpoint_every", "accumulate_grad_batches", "gradient_clip_val", "devices", "log_every_n_steps"):
+        for key in ("max_steps", "eval_every", "checkpoint_every", "accumulate_grad_batches", "devices", "log_every_n_steps"):
             _positive(f"trainer.{key}", getattr(self, key))
         _positive("trainer.early_stop_patience", self.early_stop_patience)
+        clip = self.gradient_clip_val
+        _require(clip is None or 0 < clip < math.inf, "trainer.gradient_clip_val", "must be above 0 and finite", clip, "1.0 is usual, null is off")
         decay = self.ema_decay
         _require(decay is None or 0 <= decay < 1, "trainer.ema_decay", "must be in [0, 1)", decay, "0.999 is usual, null is off")
         every = self.fixed_loss_every
@@ -284,6 +286,18 @@ class Tracking:
 
 
 @dataclass(slots=True)
+class Export:
+    """The file for other tools that the summary at a run's end says how to write; `python -m dreambooth export` takes no other setting from here."""
+
+    name: str = "model"  # "model": model.safetensors, of the lab model/; "joepenna": a name with date, steps, photos, token and class, as there
+    weights: str = "best"  # of the chosen step, "best", or of the last one, "final"
+
+    def __post_init__(self) -> None:
+        for key, values in (("name", ("model", "joepenna")), ("weights", ("best", "final"))):
+            _require(getattr(self, key) in values, f"export.{key}", f"must be {' or '.join(values)}", getattr(self, key), "choose one")
+
+
+@dataclass(slots=True)
 class BaseEncoders(Encoders):
     """The encoders that belong to the base: the lab's scorers for the lab, CLIP and DINO for Stable Diffusion."""
 
@@ -310,6 +324,7 @@ class Config:
     sampling: Sampling = field(default_factory=Sampling)
     encoders: Encoders = MISSING
     evaluation: Evaluation = field(default_factory=Evaluation)
+    export: Export = field(default_factory=Export)
     wandb: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
@@ -350,7 +365,7 @@ CHOICES: dict[str, tuple[type, ...]] = {
     "encoders": (BaseEncoders, LabEncoders, ClipDino),
 }
 NOT_SCIENCE = (  # change no result
-    *("group", "output_dir", "price_per_hour", "wandb"),
+    *("group", "output_dir", "price_per_hour", "export", "wandb"),
     *("data.num_workers", "data.cache", "data.cache_mb", "trainer.progress_bar", "trainer.checkpoint_every"),
 )
 

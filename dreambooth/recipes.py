@@ -163,8 +163,9 @@ def resolve(config: Config) -> Config:
     if config.data.steps_per_image is not None:
         recipe = {dotted: value for dotted, value in recipe.items() if dotted != "trainer.max_steps"}  # `settle_steps` fills it in
         if config.trainer.max_steps is not None:
-            rule, next_step = "must be null where trainer.max_steps is set: both say how long to train", "leave out the one that you do not mean"
-            raise ConfigError("data.steps_per_image", rule, config.data.steps_per_image, next_step)
+            rule, per_image, steps = "must be null where trainer.max_steps is set", config.data.steps_per_image, config.trainer.max_steps
+            either = f"add data.steps_per_image=null to train for {steps} steps, or trainer.max_steps=null to train for {per_image} a photo"
+            raise ConfigError("data.steps_per_image", f"{rule}: both say how long to train", per_image, either)
     if config.data.subject_dir is not None and config.data.held_out is None:
         config.data.held_out = 0  # the lab renders further photos of its own subject; of the user's none is taken away unasked
     for dotted, value in recipe.items():

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from dreambooth.config import Config
 from dreambooth.diagnosis import Setting, diagnose
 from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.runs import RunFolder
@@ -31,7 +32,6 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str, course: Seque
         found = diagnose(rows["base"], rows["best"], last, scores["references"], scores["differences"], setting(run), course)
         lines += ["what the scores say", *(f"  {line}" for line in found.lines())]
     prompt = config.subject.in_prompt("a photo of a {subject} on the beach")
-    model = "model/" if config.base.is_lab() else "model.safetensors"
     return "\n".join(
         [
             *lines,
@@ -41,9 +41,15 @@ def summarize(run: RunFolder, scores: dict[str, Any], reason: str, course: Seque
             "what to type next",
             f"  python generate.py {_argument('run', run.path)} {_argument('prompt', prompt)}",
             f"  python evaluate.py {_argument('run', run.path)}",
-            f"  python -m dreambooth export {shlex.quote(str(run.path))} {model}",
+            f"  python -m dreambooth export {shlex.quote(str(run.path))} {_export_words(config)}",
         ]
     )
+
+
+def _export_words(config: Config) -> str:
+    """Returns what to type behind the run folder to export it as its config says; the lab is no single file, whatever its name."""
+    model = "model/" if config.base.is_lab() else "model.safetensors" if config.export.name == "model" else f"--name {config.export.name}"
+    return model if config.export.weights == "best" else f"{model} --weights {config.export.weights}"
 
 
 def setting(run: RunFolder) -> Setting:

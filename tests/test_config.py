@@ -18,6 +18,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from small_runs import first_value
 
+import train
+from dreambooth import __main__ as commands
 from dreambooth import cli
 from dreambooth.adapters.lora import ATTENTION, WITH_CONVOLUTIONS
 from dreambooth.class_images import to_draw
@@ -193,7 +195,7 @@ def test_fingerprint_is_eight_hex_digits(lab_plain: dict) -> None:
     assert re.fullmatch(r"[0-9a-f]{8}", fingerprint(lab_plain))
 
 
-@pytest.mark.parametrize("dotted", ["group", "output_dir", "wandb", "data.num_workers", "trainer.progress_bar", "trainer.checkpoint_every"])
+@pytest.mark.parametrize("dotted", ["group", "output_dir", "export", "wandb", "data.num_workers", "trainer.progress_bar", "trainer.checkpoint_every"])
 def test_fingerprint_does_not_see_what_changes_no_result(lab_plain: dict, dotted: str) -> None:
     assert fingerprint(set_by_path(lab_plain, dotted, "something else")) == fingerprint(lab_plain)
 
@@ -480,6 +482,9 @@ def test_conf_experiment_header_check_sees_what_is_missing() -> None:
         (["data.num_workers=-1"], r"data\.num_workers must be 0 or more, got -1; .*"),
         (["data.crop=left"], r"data\.crop must be center, random or smart, got 'left'; .*"),
         (["trainer.max_steps=0"], r"trainer\.max_steps must be above 0, got 0; .*"),
+        (["trainer.gradient_clip_val=0"], r"trainer\.gradient_clip_val must be above 0 and finite, got 0\.0; 1\.0 is usual, null is off"),
+        (["trainer.gradient_clip_val=inf"], r"trainer\.gradient_clip_val must be above 0 and finite, got inf; .*"),
+        (["export.name=a1111"], r"export\.name must be model or joepenna, got 'a1111'; choose one"),
         (["trainer.precision=fp16"], r"trainer\.precision must be one of 32-true, .*, got 'fp16'; .*"),
         (["sampling.steps=-1"], r"sampling\.steps must be above 0, got -1; .*"),
         (["objective.weighting=snr"], r"objective\.weighting must be one of uniform, min_snr, capped_velocity, got 'snr'; .*"),
@@ -534,6 +539,53 @@ def test_commands_that_a_run_prints_at_its_end_are_understood(lab_plain: dict) -
         composed(*arguments, script=script)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "model.safetensors"),
+        ({"weights": "final"}, "model.safetensors --weights final"),
+        ({"name": "joepenna", "weights": "final"}, "--name joepenna --weights final"),
+    ],
+)
+def test_export_command_that_a_run_prints_at_its_end_is_its_configs(
+    sd_plain: dict, monkeypatch: pytest.MonkeyPatch, settings: dict, words: str
+) -> None:
+    plain = to_plain(resolve(from_plain(sd_plain | {"export": settings})))
+    run = RunFolder(Path("runs/default/full-dog-1a2b3c4d"), {"config": plain, "seconds": {}})
+    text = summarize(run, {"rows": [{"arm": "best", "step": 1}], "missing": "no encoders"}, "the last")
+    command = text.splitlines()[-1].strip()
+    assert command == f"python -m dreambooth export runs/default/full-dog-1a2b3c4d {words}"
+    seen = []
+    monkeypatch.setattr(commands, "export", seen.append)
+    assert commands.main(shlex.split(command)[3:]) == 0
+    assert (seen[0].name, seen[0].weights) == (settings.get("name"), settings.get("weights", "best"))
+
+
+def test_export_of_the_lab_is_a_folder_whatever_its_name(lab_plain: dict) -> None:
+    run = RunFolder(Path("runs/x/y"), {"config": lab_plain | {"export": {"name": "joepenna"}}, "seconds": {}})
+    assert summarize(run, {"rows": [{"arm": "best", "step": 1}], "missing": "no encoders"}, "the last").endswith("export runs/x/y model/")
+
+
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_gradient_clip_val_is_lightnings(value: float | None) -> None:
+    config = resolve(from_plain(plain_with(trainer={"gradient_clip_val": value, "accelerator": "cpu"})))
+    assert train.make_trainer(config, [], []).gradient_clip_val == value
+
+
+def test_joepenna_preset_neither_clips_nor_mirrors_and_names_its_file() -> None:
+    config = composed("experiment=joepenna")
+    assert config.trainer.gradient_clip_val is None and config.data.flip is False
+    assert (config.export.name, config.export.weights) == ("joepenna", "final")
+
+
+def test_joepenna_preset_takes_steps_as_its_refusal_says() -> None:
+    words = ["experiment=joepenna", "base=lab", "subject.class_noun=dog", "trainer.max_steps=7"]
+    with pytest.raises(ConfigError, match="add data.steps_per_image=null to train for 7 steps"):
+        resolve(composed(*words))
+    assert resolve(composed(*words, "data.steps_per_image=null")).trainer.max_steps == 7
+    assert resolve(composed(*words[:-1], "trainer.max_steps=null")).trainer.max_steps is None
+
+
 def test_explain_leaves_a_defect_of_the_program_to_the_traceback() -> None:
     assert cli.explain(KeyError("x")) is None
 
@@ -586,7 +638,9 @@ def test_steps_per_image_is_off_by_default() -> None:
 
 
 def test_steps_per_image_and_max_steps_refuse_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"data.steps_per_image must be null where trainer.max_steps is set.*leave out the one"):
+    rule = "data.steps_per_image must be null where trainer.max_steps is set"
+    next_step = "add data.steps_per_image=null to train for 5 steps, or trainer.max_steps=null to train for 100 a photo"
+    with pytest.raises(ConfigError, match=f"{rule}.*{next_step}"):
         resolve(from_plain(plain_with(data={"steps_per_image": 100}, trainer={"max_steps": 5})))
 
 
