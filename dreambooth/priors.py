@@ -71,8 +71,8 @@ class ClassTerm(Prior):
     batch_size: int | None = None  # class samples a step; null: the base's recipe
     num_images: int | None = None  # class images of each class; the paper used about 1000, 200 are usual; null: the base's recipe
     prompts: list[str] | None = None  # captions of the class samples, in turn; {subject} becomes the class noun; null: the base's recipe
-    class_dir: str | None = None  # your own class images, all of which are used, instead of generated ones; of several classes: a folder in it each
-    top_up: bool = False  # with class_dir: generate what your images lack of num_images
+    class_dir: str | None = None  # your own class images, all used; {subject} is the class noun; of several classes it holds a folder each
+    top_up: bool = False  # generate what your images lack of num_images; without class_dir that is all, and as good as false
     seed: int = 0  # of the generated class images; not the training seed, so that runs with other seeds share them
 
     def __post_init__(self) -> None:
@@ -93,7 +93,6 @@ class ClassTerm(Prior):
                 raise ConfigError("prior.prompts", "must name the subject as {subject}", text, 'write it like "a photo of a {subject}"')
         require(self.prompts != [], "prompts", "must hold at least one prompt", "leave it out for the base's recipe")
         require(self.seed >= 0, "seed", "must be 0 or more", "any whole number will do")
-        require(not self.top_up or self.class_dir is not None, "top_up", "must be false without prior.class_dir", "all images are generated anyway")
 
     @property
     def templates(self) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+from dataclasses import replace
 from typing import Any
 
 from dreambooth.adapters.lora import ATTENTION, WITH_CONVOLUTIONS
@@ -177,6 +178,8 @@ def resolve(config: Config) -> Config:
     others = config.evaluation.other_prompts
     if others != recipe["evaluation.other_prompts"] and any(map(config.subject.is_named_in, others)):
         raise ConfigError("evaluation.other_prompts", f"must not name the subject's class, {config.subject.class_noun}", others, "name other classes")
+    if getattr(config.prior, "class_dir", None) is None and getattr(config.prior, "top_up", False):
+        config.prior.top_up = False  # the same run as without, so one that is done is found
     if config.data.resolution is None:
         config.data.resolution = config.base.native_resolution()
     _fit_extra_subjects(config, lab)
@@ -235,6 +238,14 @@ def _fit_inversion(config: Config) -> None:
     if method.inversion_steps >= steps:
         rule = f"must be below trainer.max_steps ({steps}), so that {method.then} learns too"
         raise ConfigError("method.inversion_steps", rule, method.inversion_steps, "lower it, or choose method=textual_inversion")
+
+
+def with_class_folder(config: Config) -> Config:
+    """Returns the config with {subject} in `prior.class_dir` filled in, to read from: run.json keeps one word for all subjects of a study."""
+    folder = getattr(config.prior, "class_dir", None)
+    if folder is None:
+        return config
+    return replace(config, prior=replace(config.prior, class_dir=config.subject.prior_in_prompt(folder)))
 
 
 def require_held_out(config: Config, where: str) -> None:

@@ -117,7 +117,6 @@ def test_training_step_takes_lambda_of_its_optimiser_step(make_config: MakeConfi
         ("num_images", -3),
         ("prompts", ["a dog"]),
         ("prompts", []),
-        ("top_up", True),
     ],
 )
 def test_class_term_refuses_what_makes_no_sense(key: str, value: object) -> None:
