@@ -268,10 +268,10 @@ cli.register("train", Config)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> float:
-    """Hydra's entry: a typed config comes out, a run folder goes in; returns what a sweeper that searches shall maximise."""
+def main(cfg: DictConfig) -> float | None:
+    """Hydra's entry: a typed config goes in, a run folder comes out; returns what a search shall maximise, None if that is not known."""
     try:
-        return sweeps.selection_score(cli.run_job(train, cfg))
+        return cli.run_job(lambda config: sweeps.selection_score(train(config)), cfg, failed=sweeps.WORST_SCORE)
     finally:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()  # or the next job of a sweep would be logged into this one

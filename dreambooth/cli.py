@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 SOME_FAILED = 1  # exit status of a sweep with jobs that failed
 BAD_INPUT = 2  # for an input that cannot be used
+SOME_ELSEWHERE = 3  # of a sweep without failures, some of whose jobs other processes are still at
 STOPPED, TERMINATED = 130, 143  # by Ctrl-C (SIGINT), by SIGTERM
 SEE_ALL = "see them all: python train.py --cfg job"
 FAILED_JOBS: list[str] = []  # what was said of the jobs of this process that failed
@@ -48,18 +49,21 @@ def register(name: str, schema: type) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a Hydra main; what the user can mend is one sentence on stderr and exit status 2, anything else a traceback.
 
-    A sweep ends with the table of its jobs, also when it is stopped, and with exit status 1 when some failed.
+    A sweep ends with the table of its jobs, also when it is stopped; with exit status 1 when some failed, else 3 when some are still done elsewhere.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that the error itself arrives here, not Hydra's print of it
     quiet()
+    sweeps.task = getattr(main, "__wrapped__", main)  # what Hydra's decorator holds
     try:
         _run_to_the_end(main)
     finally:
-        failed = sweeps.close()
-    if failed:
+        states = sweeps.close()
+    if states & {"failed", "cut off"}:
         sys.exit(SOME_FAILED)
     if FAILED_JOBS:
         sys.exit(BAD_INPUT)
+    if "elsewhere" in states:
+        sys.exit(SOME_ELSEWHERE)
 
 
 def _run_to_the_end(main: Callable[[], None]) -> None:
@@ -80,12 +84,13 @@ def _run_to_the_end(main: Callable[[], None]) -> None:
         raise
 
 
-def run_job(work: Callable[[Any], Result], cfg: DictConfig) -> Result | None:
-    """Runs one job of a script on its typed config and returns its result; in a sweep, a job that fails (None) leaves the others to run.
+def run_job(work: Callable[[Any], Result], cfg: DictConfig, failed: Result | None = None) -> Result | None:
+    """Runs one job of a script on its typed config and returns its result; in a sweep, a job that fails leaves the others to run.
 
     Args:
         work: takes the typed config.
         cfg: what Hydra composed.
+        failed: the result of a job of a sweep that failed; of one that is done elsewhere or left out nothing is known, so it is None.
     """
     _end_in_order_on_sigterm()
     if HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -104,6 +109,7 @@ def run_job(work: Callable[[Any], Result], cfg: DictConfig) -> Result | None:
             traceback.print_exc()
         _say(sentence or f"the job failed: {type(error).__name__}: {error}; the others go on")
         sweeps.end("failed", sentence or f"{type(error).__name__}: {error}")
+        return failed
     else:
         sweeps.end("done")
         return result

@@ -1,7 +1,8 @@
 """A sweep as a whole: what became of each of its jobs, and how long the rest will take, whichever launcher runs them.
 
 While a sweep lasts, a folder `<output_dir>/.sweeps/<time>-<pid>` holds a file a job: other processes and machines write there what they
-did, and the process that was started by hand shows it at the end. The runs themselves know nothing of it.
+did, and the process that was started by hand shows it at the end. The runs themselves know nothing of it, and no job needs it: without the
+folder there is no table, and that is all.
 """
 
 import json
@@ -9,13 +10,19 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dreambooth.claims import holder
@@ -25,6 +32,8 @@ from dreambooth.runs import RunFolder
 
 FOLDER = "DREAMBOOTH_SWEEP"  # environment variable: the folder of the sweep under way; the processes of its jobs inherit it
 STATES = ("done before", "done", "left out", "failed", "cut off", "elsewhere")
+HERE = ("BasicLauncher", "JoblibLauncher")  # their jobs end with the process that launched them; a cluster's go on
+STALE_S = 14 * 86400.0  # after so long without a word from a job, the folder of a sweep is removed by the next sweep
 NEEDS_BYTES = 2e9  # of memory a job, as long as no run of the group has told
 WORST_SCORE = -1.0  # of a cosine
 
@@ -37,6 +46,7 @@ class Job(NamedTuple):
     state: str  # one of STATES
     run: str | None = None  # its folder, as soon as that is known
     note: str | None = None  # the first line of the error; who does it, for "elsewhere"
+    overrides: Sequence[str] = ()  # all that its launcher was given for it
 
 
 class Plan(NamedTuple):
@@ -46,20 +56,63 @@ class Plan(NamedTuple):
     varies: list[str]  # the settings that differ from job to job
 
 
+_opened: Path | None = None  # the folder of the sweep that this process started
+_ends_here = True  # whether none of its jobs can outlive this process
+
+
 class SweepStart(Callback):
-    """Hydra's callback, named in conf/train.yaml: opens the folder of a sweep before its launcher starts."""
+    """Hydra's callback, named in conf/train.yaml: opens the folder of a sweep before its launcher starts, and goes back to some jobs at its end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Notes how many jobs there are, and has joblib run as many at once as fit."""
-        folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))).absolute() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        plan = read_plan(config)
-        write_json(folder / "sweep.json", plan._asdict())
-        os.environ[FOLDER] = str(folder)
+        global _opened, _ends_here
+        sweeps = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))).absolute()
+        remove_stale(sweeps)
+        _opened, plan = sweeps / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", read_plan(config)
+        _ends_here = str(config.hydra.launcher.get("_target_")).endswith(HERE)
+        write_json(_opened / "sweep.json", plan._asdict())
+        os.environ[FOLDER] = str(_opened)
         if config.hydra.launcher.get("n_jobs") == -1:
             fit = jobs_that_fit(Path(config.output_dir) / config.group)
             with read_write(config), open_dict(config):
                 config.hydra.launcher.n_jobs = min(fit, plan.jobs or fit)
             print(f"{config.hydra.launcher.n_jobs} jobs at once, as many as fit (hydra.launcher.n_jobs)")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Does what was another process's when its turn came and is nobody's now; a sweeper that searches was told of such jobs already."""
+        if task is not None and str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
+            go_back(lambda job: _launch(job, config))
+
+
+task: Callable[[DictConfig], Any] | None = None  # what Hydra runs for each job; told by the script
+
+
+def go_back(launch: Callable[[Job], None]) -> None:
+    """Launches, one after the other, the jobs that were done elsewhere and whose folder no living process holds any more.
+
+    Args:
+        launch: runs a job to its end.
+    """
+    tried: set[Job] = set()  # as they were found: one that is found the same again would be so for ever
+    while free := [job for job in jobs_so_far() if job.state == "elsewhere" and job not in tried and holder(Path(str(job.run))) is None]:
+        for job in free:
+            tried.add(job)
+            print(f"\nback to job {job.number}: {job.note} is done with it, or dead")
+            launch(job)
+
+
+def _launch(job: Job, config: DictConfig) -> None:
+    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks(config))
+    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+    launcher.launch([list(job.overrides)], initial_job_idx=job.number - 1)
+
+
+def remove_stale(sweeps: Path) -> None:
+    """Removes the folders of sweeps, in the folder of them all, of whose jobs nothing was heard for `STALE_S`."""
+    for plan in sweeps.glob("*/sweep.json"):
+        with suppress(OSError):  # another process removes it too
+            if time.time() - plan.parent.stat().st_mtime > STALE_S:
+                shutil.rmtree(plan.parent, ignore_errors=True)
 
 
 def read_plan(config: DictConfig) -> Plan:
@@ -135,12 +188,13 @@ def begin(output_dir: str, group: str) -> None:
     global _present
     hydra = HydraConfig.get()
     number = hydra.job.num + 1
-    if FOLDER not in os.environ:
+    if (plan := _plan()) is None:  # no sweep of train.py, or one whose launcher is gone
+        _present = None
         print(f"\njob {number}: {hydra.job.override_dirname}")
         return
-    plan, seen = _plan(), jobs_so_far()
-    words = [word for word in hydra.overrides.task if word.split("=")[0].lstrip("+") in plan.varies]
-    _present, total = Job(number, " ".join(words or hydra.overrides.task), "cut off"), plan.jobs
+    seen, given = jobs_so_far(), tuple(hydra.overrides.task)
+    words = [word for word in given if word.split("=")[0].lstrip("+") in plan.varies]
+    _present, total = Job(number, " ".join(words or given), "cut off", overrides=given), plan.jobs
     if total != 1:
         before = sum(other.state == "done before" for other in seen)
         closed = sum(other.state in STATES[:4] for other in seen)
@@ -174,28 +228,54 @@ def end(state: str, note: str | None = None, run: Path | None = None) -> None:
 
 
 def _write(job: Job) -> None:
-    if FOLDER in os.environ:
-        write_json(Path(os.environ[FOLDER]) / f"{job.number}.json", job._asdict())
+    if _plan() is not None:
+        with suppress(OSError):  # the table is no reason to stop a job
+            write_json(Path(os.environ[FOLDER]) / f"{job.number}.json", job._asdict())
 
 
 def jobs_so_far() -> list[Job]:
     """Returns what is known of the jobs of the sweep under way, in order."""
-    return sorted(Job(**json.loads(path.read_text(encoding="utf-8"))) for path in Path(os.environ[FOLDER]).glob("[0-9]*.json"))
-
-
-def _plan() -> Plan:
-    return Plan(**json.loads((Path(os.environ[FOLDER]) / "sweep.json").read_text(encoding="utf-8")))
-
-
-def close() -> int:
-    """Shows what became of the sweep that this process started, if it started one; returns how many of its jobs failed."""
     if FOLDER not in os.environ:
-        return 0
-    jobs, total = jobs_so_far(), _plan().jobs
-    shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
-    if jobs and total != 1:
-        print(table(jobs, total))
-    return sum(job.state in ("failed", "cut off") for job in jobs)
+        return []
+    found = [_read(path) for path in Path(os.environ[FOLDER]).glob("[0-9]*.json")]
+    jobs = [Job(**fields | {"overrides": tuple(fields.get("overrides", ()))}) for fields in found if fields is not None]
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def _plan() -> Plan | None:
+    """Returns the plan of the sweep that this process is part of; None when there is none, or its folder was removed."""
+    fields = _read(Path(os.environ[FOLDER]) / "sweep.json") if FOLDER in os.environ else None
+    return Plan(**fields) if fields is not None else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def close() -> set[str]:
+    """Shows what became of the sweep that this process started, if it started one; returns the states of its jobs.
+
+    Its folder is removed when every job is closed. Jobs that a cluster has yet to run keep it, for `remove_stale`.
+    """
+    global _opened
+    if _opened is None:
+        return set()
+    jobs, plan = jobs_so_far(), _plan()
+    folder, _opened = _opened, None
+    os.environ.pop(FOLDER, None)
+    if plan is None:
+        return {job.state for job in jobs}
+    is_closed = len(jobs) >= (plan.jobs or 1) and all(job.state != "cut off" for job in jobs)
+    if _ends_here or is_closed:
+        shutil.rmtree(folder, ignore_errors=True)
+    if jobs and plan.jobs != 1:
+        print(table(jobs, plan.jobs))
+        if not (_ends_here or is_closed):
+            print("what is cut off or not begun may still run or wait on the cluster; run the same command again for what is not done by then")
+    return {job.state for job in jobs}
 
 
 def table(jobs: list[Job], total: int | None) -> str:
@@ -219,13 +299,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def selection_score(run: RunFolder | None) -> float:
+def selection_score(run: RunFolder) -> float:
     """Returns what a searching sweeper maximises: the identity fidelity of the chosen step on the selection prompts, in [-1, 1].
 
-    A job without one (failed, done elsewhere, no encoders, not a number) counts as the worst there is, so that a search goes on.
+    A run without one (no encoders, not a number) counts as the worst there is, like a job that failed, so that a search goes on.
     """
-    if run is None or run.status != "done":
-        return WORST_SCORE
     rows = [row for row in MetricsFile(run.path / "metrics.csv").read() if row["step"] == str(run.record.get("best_step"))]
     found = next((float(row["score/identity_fidelity"]) for row in rows if row.get("score/identity_fidelity")), float("nan"))
     return found if found == found else WORST_SCORE

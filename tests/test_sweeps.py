@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from PIL import Image
 from small_runs import ROOT, SMALL, composed, make_photos, run, typed
@@ -22,10 +27,12 @@ from dreambooth.base_images import answer_digest, draw_base
 from dreambooth.callbacks import ContinueState
 from dreambooth.claims import Busy, ClaimLost
 from dreambooth.config import Config
+from dreambooth.dreambench import AbsentSubjectError
+from dreambooth.errors import UserError
 from dreambooth.evaluation import draw, selection_plan
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.runs import RunFolder, read_run
-from dreambooth.sweeps import Job, jobs_that_fit, read_plan, seconds_left, selection_score, table
+from dreambooth.sweeps import Job, SweepStart, jobs_that_fit, read_plan, seconds_left, selection_score, table
 
 FEW = [*SMALL, "prior=none", "trainer.max_steps=2", "trainer.eval_every=2", "sampling.steps=1", "evaluation.final_images=1"]
 FEW = [word for word in FEW if not word.startswith("prior.")]
@@ -126,9 +133,161 @@ def test_selection_score_is_the_fidelity_of_the_chosen_step_and_never_nan(tmp_pa
     assert selection_score(done) == expected
 
 
-def test_selection_score_of_a_job_that_failed_is_the_worst_there_is(tmp_path: Path) -> None:
-    assert selection_score(None) == -1.0
-    assert selection_score(finished_run(tmp_path / "a", 10, status="failed")) == -1.0
+# The folder of a sweep, and what becomes of a job in it
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Gives `opened("BasicLauncher")`: the folder of a sweep over a=1,2,3 that this process has just started with that launcher."""
+    monkeypatch.setenv(sweeps.FOLDER, "")  # so that it is as it was afterwards
+
+    def start(launcher: str) -> Path:
+        hydra = {
+            "sweep": {"dir": str(tmp_path / ".sweeps")},
+            "sweeper": {},
+            "launcher": {"_target_": f"x.{launcher}"},
+            "overrides": {"task": ["a=1,2,3"]},
+        }
+        SweepStart().on_multirun_start(OmegaConf.create({"hydra": hydra, "output_dir": str(tmp_path), "group": "g"}))
+        return Path(os.environ[sweeps.FOLDER])
+
+    yield start
+    sweeps.close()
+
+
+@pytest.fixture
+def do_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Gives `do_job(2, work)`: job 2 of that sweep as Hydra would run it, a=2; returns its result."""
+
+    def do(number: int, work: Callable[[dict], object] = lambda config: "done", failed: object = None) -> object:
+        job = SimpleNamespace(num=number - 1, override_dirname=f"a={number}")
+        given = SimpleNamespace(mode=RunMode.MULTIRUN, job=job, overrides=SimpleNamespace(task=[f"a={number}"]))
+        monkeypatch.setattr(HydraConfig, "get", lambda: given)
+        return cli.run_job(work, OmegaConf.create({"output_dir": str(tmp_path), "group": "g", "a": number}), failed)
+
+    monkeypatch.setattr(cli, "FAILED_JOBS", [])
+    monkeypatch.setattr(cli, "_end_in_order_on_sigterm", lambda: None)  # the process is not the job's alone
+    return do
+
+
+def fail(config: dict) -> None:
+    raise UserError("a", "must be another")
+
+
+def test_job_is_done_though_the_folder_of_its_sweep_was_removed(opened: Callable, do_job: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a launcher that gave up while jobs still waited on the cluster."""
+    folder = opened("SlurmLauncher")
+    assert do_job(1) == "done" and (folder / "1.json").is_file()
+    shutil.rmtree(folder)
+    assert do_job(2) == "done" and do_job(3, fail, failed=-1.0) == -1.0
+    assert not folder.exists()
+    assert sweeps.close() == set() and "sweep of" not in capsys.readouterr().out
+
+
+def test_job_goes_on_when_the_folder_of_its_sweep_is_removed_meanwhile(opened: Callable, do_job: Callable) -> None:
+    folder = opened("SlurmLauncher")
+    assert do_job(1, lambda config: shutil.rmtree(folder) or sweeps.working_in(folder, False) or "done") == "done"
+    assert not folder.exists()
+
+
+def test_job_is_done_though_the_plan_of_its_sweep_cannot_be_read(opened: Callable, do_job: Callable) -> None:
+    (opened("SlurmLauncher") / "sweep.json").write_text("{")
+    assert do_job(1) == "done"
+
+
+@pytest.mark.parametrize(("launcher", "is_kept"), [("SlurmLauncher", True), ("BasicLauncher", False), ("JoblibLauncher", False)])
+def test_folder_of_a_sweep_outlives_its_launcher_while_a_cluster_may_still_run_jobs(
+    opened: Callable, do_job: Callable, capsys: pytest.CaptureFixture[str], launcher: str, is_kept: bool
+) -> None:
+    folder = opened(launcher)
+    do_job(1)
+    assert sweeps.close() == {"done"} and folder.exists() == is_kept
+    said = capsys.readouterr().out
+    assert "1 done, 2 not begun" in said and ("on the cluster" in said) == is_kept
+
+
+def test_folder_of_a_sweep_is_removed_when_every_job_is_closed(opened: Callable, do_job: Callable) -> None:
+    folder = opened("SlurmLauncher")
+    for number in (1, 2, 3):
+        do_job(number)
+    assert sweeps.close() == {"done"} and not folder.exists()
+
+
+def test_folder_of_a_sweep_stays_while_a_job_is_open(opened: Callable, do_job: Callable) -> None:
+    folder = opened("SlurmLauncher")
+    for number in (1, 2):
+        do_job(number)
+    with pytest.raises(KeyboardInterrupt):
+        do_job(3, lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert sweeps.close() == {"done", "cut off"} and folder.exists()
+
+
+def test_close_leaves_the_sweep_that_another_process_started(opened: Callable, do_job: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = opened("BasicLauncher")
+    monkeypatch.setattr(sweeps, "_opened", None)  # as in a command that a job starts
+    assert sweeps.close() == set() and folder.exists() and os.environ[sweeps.FOLDER] == str(folder)
+
+
+def test_next_sweep_removes_the_folder_of_one_that_is_long_over(opened: Callable, tmp_path: Path) -> None:
+    for name, days in (("old", 15), ("waiting", 13)):
+        (tmp_path / ".sweeps" / name).mkdir(parents=True)
+        (tmp_path / ".sweeps" / name / "sweep.json").write_text("{}")
+        os.utime(tmp_path / ".sweeps" / name, (time.time() - days * 86400,) * 2)
+    folder = opened("BasicLauncher")
+    assert sorted(path.name for path in (tmp_path / ".sweeps").iterdir()) == sorted([folder.name, "waiting"])
+
+
+def busy_with(folder: Path) -> Callable[[dict], None]:
+    """Returns work that another process is at, or was a moment ago."""
+
+    def work(config: dict) -> None:
+        raise Busy(folder, claims._this_process()._replace(since="an hour"))
+
+    return work
+
+
+def test_sweep_goes_back_once_to_what_nobody_does_any_more_and_leaves_what_is_at_work(opened: Callable, do_job: Callable, tmp_path: Path) -> None:
+    opened("BasicLauncher")
+    another_owner(tmp_path / "living")
+    for number, name in ((1, "living"), (2, "dead"), (3, "never written")):
+        do_job(number, busy_with(tmp_path / name))
+    launched = []
+
+    def launch(job: Job) -> None:
+        launched.append((job.number, job.overrides))
+        do_job(job.number, busy_with(tmp_path / "never written") if job.number == 3 else lambda config: "done")
+
+    sweeps.go_back(launch)
+    assert launched == [(2, ("a=2",)), (3, ("a=3",))]
+    assert [job.state for job in sweeps.jobs_so_far()] == ["elsewhere", "done", "elsewhere"]
+
+
+@pytest.mark.parametrize(("fails", "status"), [(False, cli.SOME_ELSEWHERE), (True, cli.SOME_FAILED)])
+def test_exit_status_tells_of_jobs_that_are_still_done_elsewhere(
+    opened: Callable, do_job: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: bool, status: int
+) -> None:
+    opened("BasicLauncher")
+
+    def main() -> None:
+        do_job(1)
+        do_job(2, busy_with(tmp_path / "run"))
+        do_job(3, *[fail] * fails)
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main)
+    assert stop.value.code == status == (1 if fails else 3)
+    assert "being done elsewhere: " in capsys.readouterr().out
+
+
+def test_job_that_failed_has_a_score_for_a_search_and_one_that_is_done_elsewhere_has_none(opened: Callable, do_job: Callable, tmp_path: Path) -> None:
+    """None is what the Optuna sweeper takes for a trial that failed: the point is not held against its settings."""
+    opened("BasicLauncher")
+
+    def absent(config: dict) -> None:
+        raise AbsentSubjectError("data.dreambench", "has no such photos")
+
+    assert [do_job(1, fail, failed=-1.0), do_job(2, busy_with(tmp_path / "run"), failed=-1.0), do_job(3, absent, failed=-1.0)] == [-1.0, None, None]
+    assert sweeps.close() == {"failed", "elsewhere", "left out"}
 
 
 # One folder, one process
@@ -317,33 +476,50 @@ def trained(*logs: Path) -> Counter:
     return Counter(line.removeprefix("run folder ") for line in lines if line.startswith("run folder "))
 
 
-def test_sweep_of_two_processes_of_which_one_is_killed_does_no_job_twice(subject: list[str], tmp_path: Path) -> None:
-    """Two work on the same four jobs, one gets kill -9; the command again, with one more value, does what is left and nothing else."""
-    runs, logs = tmp_path / "runs", [tmp_path / f"{name}.log" for name in "abc"]
+def wait_for_training(process: subprocess.Popen, runs: Path) -> Path:
+    """Waits until a process is in the middle of a job; returns the folder of that."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        for record in runs.glob("default/*/run.json"):
+            owner = claims.holder(record.parent)
+            if owner is not None and owner.pid == process.pid and (record.parent / "metrics.csv").is_file():
+                return record.parent
+        time.sleep(0.02)
+    raise AssertionError(f"process {process.pid} was never seen in a job")
+
+
+def test_sweep_of_two_processes_that_are_both_killed_loses_no_job_and_does_none_twice(subject: list[str], tmp_path: Path) -> None:
+    """Two work on four jobs and one gets kill -9; a third joins, passes the job that the second is at, and then that one gets kill -9 too.
+
+    The third ends the sweep, the job that it passed included; the command again, with one more value, does that and nothing else.
+    """
+    runs, logs = tmp_path / "runs", [tmp_path / f"{name}.log" for name in "abcd"]
     words = [*subject, f"output_dir={runs}", "trainer.max_steps=12", "trainer.eval_every=12", "trainer.checkpoint_every=4"]
     rates = "optim.learning_rate=1e-4,2e-4,3e-4,4e-4"
-    victim, other = start([*words, rates], logs[0]), start([*words, rates], logs[1])
-    deadline, hit = time.monotonic() + 240, []
-    while not hit and victim.poll() is None and time.monotonic() < deadline:
-        held = [path.parent for path in runs.glob("default/*/.claim") if f'"pid": {victim.pid},' in path.read_text()]
-        hit = [folder for folder in held if (folder / "run.json").is_file() and (folder / "metrics.csv").is_file()]
+    first, second = start([*words, rates], logs[0]), start([*words, rates], logs[1])
+    hit = [wait_for_training(first, runs)]
+    os.kill(first.pid, signal.SIGKILL)
+    hit.append(wait_for_training(second, runs))
+    os.kill(second.pid, signal.SIGSTOP)  # it lives and holds its job until the third has come to it
+    third, deadline = start([*words, rates], logs[2]), time.monotonic() + 240
+    while "skipped: " not in logs[2].read_text() and third.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(victim.pid, signal.SIGKILL)
-    assert victim.wait(60) == -signal.SIGKILL and other.wait(240) == 0
-    third = typed("-m", *words, f"{rates},5e-4")
-    logs[2].write_text(third.stdout)
-    assert third.returncode == 0, third.stderr
+    os.kill(second.pid, signal.SIGKILL)
+    assert [first.wait(60), second.wait(60), third.wait(240)] == [-signal.SIGKILL, -signal.SIGKILL, 0], logs[2].read_text()
+    assert "being done elsewhere" not in logs[2].read_text() and logs[2].read_text().count("back to job ") == 1
+    more = typed("-m", *words, f"{rates},5e-4")
+    logs[3].write_text(more.stdout)
+    assert more.returncode == 0, more.stderr
+    assert "sweep of 5 jobs: 4 done before, 1 done\n" in more.stdout and sum(trained(logs[3]).values()) == 1
     records = {str(path.parent): json.loads(path.read_text()) for path in runs.glob("default/*/run.json")}
     assert sorted(r["config"]["optim"]["learning_rate"] for r in records.values()) == [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
     assert {r["status"] for r in records.values()} == {"done"}
     assert {path: 1 + r.get("resumed", 0) for path, r in records.items()} == trained(*logs)
-    assert {path for path, r in records.items() if r.get("resumed", 0)} == {str(hit[0])} and records[str(hit[0])]["resumed"] == 1
+    assert Counter({path: r["resumed"] for path, r in records.items() if r.get("resumed")}) == Counter(map(str, hit))
     for path in records:
         steps = [int(row["step"]) for row in MetricsFile(Path(path) / "metrics.csv").read() if row.get("train/loss")]
         assert len(steps) == len(set(steps))
     assert not list(runs.rglob(".claim*"))
-    assert "sweep of 5 jobs: " in third.stdout and "done before" in third.stdout
-    assert "being done elsewhere: " in logs[1].read_text() or trained(logs[1])[str(hit[0])] == 1
 
 
 def broken_sweep(subject: list[str], tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -377,12 +553,30 @@ def test_sweep_by_another_launcher_ends_like_one_by_hydras_own(subject: list[str
 
 
 @pytest.mark.slow
-def test_sweep_by_optuna_searches_on_past_a_job_that_fails(subject: list[str], tmp_path: Path) -> None:
+def test_sweep_by_optuna_counts_a_job_that_fails_as_the_worst_and_one_that_is_done_elsewhere_as_no_trial(subject: list[str], tmp_path: Path) -> None:
+    """Three settings, drawn again and again: one is done, one fails in its training, one is another process's."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    words = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
-    result = typed("-m", *subject, f"output_dir={tmp_path / 'runs'}", *words, "optim.learning_rate=choice(1e-4,1e30)")
-    assert "sweep of 3 jobs: " in result.stdout, result.stderr
-    assert (tmp_path / "runs" / ".sweeps" / "optimization_results.yaml").is_file()
+    import optuna
+
+    runs, storage = tmp_path / "runs", f"sqlite:///{tmp_path / 'search.db'}"
+    words = [*subject, f"output_dir={runs}", "trainer.max_steps=20", "trainer.eval_every=20"]
+    other = run(*words, "optim.learning_rate=2e-4")
+    other.update(status="running")
+    another_owner(other.path)
+    search = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.direction=maximize"]
+    study = ["hydra.sweeper.n_trials=15", "hydra.sweeper.n_jobs=1", "hydra.sweeper.study_name=rates", f"hydra.sweeper.storage={storage}"]
+    result = typed("-m", *words, *search, *study, "optim.learning_rate=choice(1e-4,2e-4,1e30)")
+    assert result.returncode == 1, result.stderr
+    assert "sweep of 15 jobs: " in result.stdout and "back to job" not in result.stdout
+    trials = optuna.load_study(study_name="rates", storage=storage).trials
+    done = next(found for path in runs.glob("default/*") if (found := read_run(path)).status == "done")
+    assert len(trials) == 15 and {(float(trial.params["optim.learning_rate"]), trial.state.name, trial.value) for trial in trials} == {
+        (1e-4, "COMPLETE", selection_score(done)),
+        (2e-4, "FAIL", None),
+        (1e30, "COMPLETE", -1.0),
+    }
+    best = OmegaConf.load(runs / ".sweeps" / "optimization_results.yaml")
+    assert best.best_value == selection_score(done)
 
 
 def test_sigterm_ends_a_run_in_order_and_gives_its_folder_back(subject: list[str], tmp_path: Path) -> None:
