@@ -10,7 +10,6 @@ from dreambooth.__main__ import main
 from dreambooth.config import Tracking
 from dreambooth.dashboard import online_report, publish, workspace
 from dreambooth.errors import UserError
-from dreambooth.metrics.table import METRICS
 from dreambooth.mirror import final_summary
 from dreambooth.report.data import read_study
 from dreambooth.report.page import make_report
@@ -50,15 +49,12 @@ def test_dashboard_groups_by_what_the_arms_differ_in_and_shows_the_group_alone(s
     assert "'prior'" in str(runs["filters"]) and "report" in str(runs["filters"])
 
 
-def test_dashboard_draws_what_is_logged(spec: dict[str, Any], prior_group: Path) -> None:
-    """Every metric that a panel names is one that a run logs, in metrics.csv's columns or as a final scalar."""
+def test_dashboard_draws_losses_scores_over_the_steps_and_at_the_end_and_pictures(spec: dict[str, Any]) -> None:
+    """That a run logs all of them: test_end_to_end.py, where there is a run."""
     text = str(spec)
     for key in ("identity_fidelity", "prompt_alignment", "drift", "class_diversity"):
         assert f"score/{key}" in text and f"final/best/{key}" in text
     assert all(key in text for key in ("train/loss", "train/subject_loss", "train/prior_loss", "samples/selection", "final/grid"))
-    known = {info.key for info in METRICS}
-    named = [word.strip("'\",:[]{}()") for word in text.replace("summary:", " ").split()]
-    assert {word.rpartition("/")[2] for word in named if word.startswith(("score/", "final/best/"))} <= known
 
 
 def test_online_report_has_the_answer_and_the_tables(prior_group: Path) -> None:

@@ -1,6 +1,7 @@
 """The main job on the lab, a few steps long: what lies in the run folder, and all that takes it up afterwards."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,12 @@ import evaluate as evaluate_script
 import generate as generate_script
 from dreambooth import cli
 from dreambooth.__main__ import main as command
-from dreambooth.config import EvaluateConfig, GenerateConfig, Sampling, to_plain
+from dreambooth.config import EvaluateConfig, GenerateConfig, Sampling, Tracking, to_plain
+from dreambooth.dashboard import workspace
 from dreambooth.errors import UserError
 from dreambooth.generation import read_recipe
 from dreambooth.metrics_csv import MetricsFile
+from dreambooth.report.data import read_study
 from dreambooth.runs import RunFolder, load
 
 LAB = ("trainer.max_steps=4", "trainer.eval_every=2", "wandb.mode=offline")
@@ -118,6 +121,15 @@ def test_wandb_mirror_holds_scalars_config_group_grids_and_table(done: RunFolder
     assert mirror["group"] == "default" and mirror["project"] == "dreambooth" and mirror["name"] == done.path.name
     assert mirror["config"]["optim"]["learning_rate"] == 4e-4
     assert {"train/loss", "score/identity_fidelity", "samples/selection", "final/scores", "final/grid"} <= logged
+
+
+def test_dashboard_draws_only_what_a_run_logged(done: RunFolder) -> None:
+    spec = workspace(read_study([done.path.parent]), Tracking(mode="online", entity="lab"))._to_model().model_dump(by_alias=True)
+    mirror = read_offline_run(done.path)
+    logged = {key.partition(".")[0] for row in [*mirror["history"], mirror["summary"]] for key in row}
+    drawn = set(re.findall(r"(?:train|score|samples|final)/[a-z0-9_/]+", str(spec)))
+    assert {"train/prior_loss", "score/drift", "samples/selection", "final/grid", "final/best/drift"} <= drawn
+    assert drawn <= logged, sorted(drawn - logged)
 
 
 def test_same_command_again_skips_what_is_done(done: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,19 +11,21 @@ BLOCK = 32768
 
 
 def read_offline_run(folder: Path, timeout_s: float = 30) -> dict[str, Any]:
-    """Returns history (a list of rows), config, group, name and project; waits for the exit record, which is flushed last."""
+    """Returns history (a list of rows), summary, config, group, name and project; waits for the exit record, which is flushed last."""
     from wandb.proto import wandb_internal_pb2 as wandb_pb
 
     path = next(folder.glob("wandb/offline-run-*/*.wandb"))
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        found: dict[str, Any] = {"history": [], "config": {}, "exit": False}
+        found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "exit": False}
         for data in _records(path.read_bytes()):
             record = wandb_pb.Record()
             record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 found["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
+            elif kind == "summary":
+                found["summary"] |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
             elif kind == "run":
                 found |= {"group": record.run.run_group, "name": record.run.display_name, "project": record.run.project}
                 found["config"] |= {_key(item): json.loads(item.value_json) for item in record.run.config.update}
