@@ -21,7 +21,7 @@ from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.report.data import read_header, read_study
 from dreambooth.report.figures import TITLES, bars, heat_maps, subject_differences
-from dreambooth.report.page import Report, Section, breakable, render, write_report
+from dreambooth.report.page import Report, Section, breakable, make_report, render, write_report
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table
 from dreambooth.report.tables import Table, answer, caution, compare, course
@@ -153,6 +153,33 @@ def test_two_runs_that_nothing_tells_apart_are_refused(prior_group: Path, tmp_pa
     shutil.copytree(tmp_path / "copy" / "a", prior_group / "run-0-cat-0")
     with pytest.raises(UserError, match="must differ in subject, seed or a setting"):
         read_study([prior_group, tmp_path / "copy"])
+
+
+def test_run_that_two_groups_share_is_counted_once(prior_group: Path, tmp_path: Path) -> None:
+    """What one experiment took over from another lies in both folders, under one name."""
+    other = tmp_path / "prior_weight"
+    for path in [*prior_group.glob("run-1-*-0")]:  # copies of the baseline
+        taken = other / path.name
+        shutil.copytree(path, taken)
+        record = json.loads((taken / "run.json").read_text())
+        record["config"]["group"] = "prior_weight"
+        (taken / "run.json").write_text(json.dumps(record | {"taken_from": f"prior/{path.name}"}))
+    study = read_study([other, prior_group])
+    assert (len(study.runs), study.groups) == (12, ["prior_weight", "prior"])
+    assert {run.folder.path.parent for run in study.runs} == {prior_group.resolve()}  # where they were trained
+    assert len(read_study([other]).runs) == 3
+    title = make_report(study).question
+    assert "What does the prior-preservation loss keep" in title and "How strong must the prior-preservation loss be?" in title
+
+
+def test_shared_run_with_other_inputs_is_no_copy(prior_group: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "other" / "run-1-cat-0"
+    shutil.copytree(prior_group / "run-1-cat-0", taken)
+    record = json.loads((taken / "run.json").read_text())
+    record["digests"]["photos"] = "q" * 64
+    (taken / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="must differ in subject, seed or a setting"):
+        read_study([prior_group, tmp_path / "other"])
 
 
 def test_pictures_of_all_arms_share_subject_prompts_and_noise(prior_group: Path) -> None:

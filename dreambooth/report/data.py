@@ -47,7 +47,7 @@ class LeftOut(NamedTuple):
 class Study(NamedTuple):
     """All that a report is made from."""
 
-    header: dict[str, str]  # of the experiment's YAML: Question, Command, Time, Arms, Expected, Paper, Figures; {} where the runs belong to none
+    header: dict[str, str]  # of the experiments' YAML: Question, Command, Time, Arms, Expected, Reading, Paper, Figures; {} where there is none
     groups: list[str]
     arms: list[str]  # the baseline first
     baseline: str  # the arm that the others are held against
@@ -113,7 +113,9 @@ def read_study(folders: Sequence[str | Path], baseline: str | None = None) -> St
     Raises:
         UserError: no run, no scored run, several evaluators, two runs that nothing tells apart, or no such baseline.
     """
-    folders_read = _find(folders)
+    found_all = _find(folders)
+    groups = list(dict.fromkeys(run.config.group for run in found_all))
+    folders_read = _each_once(found_all)
     configs = [run.config for run in folders_read]
     subjects = [_subject(run, config) for run, config in zip(folders_read, configs, strict=True)]
     settings = settings_that_differ(list(zip(subjects, configs, strict=True)))
@@ -129,10 +131,8 @@ def read_study(folders: Sequence[str | Path], baseline: str | None = None) -> St
     _check(runs, left_out)
     found = list(dict.fromkeys(run.arm for run in sorted(runs, key=lambda run: run.folder.record.get("started", ""))))
     first, reason = _baseline(runs, found, baseline)
-    groups = list(dict.fromkeys(config.group for config in configs))
     order = [first, *(arm for arm in found if arm != first)]
-    header = read_header(groups[0]) if len(groups) == 1 else {}
-    return Study(header, groups, order, first, reason, sorted(runs, key=lambda run: order.index(run.arm)), left_out, _images(runs, order))
+    return Study(_headers(groups), groups, order, first, reason, sorted(runs, key=lambda run: order.index(run.arm)), left_out, _images(runs, order))
 
 
 def read_header(group: str) -> dict[str, str]:
@@ -150,6 +150,34 @@ def read_header(group: str) -> dict[str, str]:
         elif word is not None:
             found[word] += " " + line.lstrip("# ").strip()
     return found
+
+
+def _headers(groups: Sequence[str]) -> dict[str, str]:
+    """Returns the header of a group; of several groups what all of them ask, and what each says of its own, named."""
+    found = {group: header for group in groups if (header := read_header(group))}
+    if len(groups) == 1:
+        return found.get(groups[0], {})
+    questions = [header["Question"] for header in found.values() if "Question" in header]
+    joined = {"Question": " ".join(question[0].upper() + question[1:] for question in questions)} if questions else {}
+    for word in ("Command", "Arms", "Expected", "Reading", "Paper"):
+        said = [f"{group}: {header[word]}" for group, header in found.items() if word in header]
+        joined |= {word: "; ".join(said)} if said else {}
+    return joined
+
+
+def _each_once(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """Returns the runs, a finished one that several groups share (see `taken_over`) only once: where it was trained, if that is among them."""
+    done: dict[str, RunFolder] = {}
+    for run in runs:
+        name = _identity(run)
+        if run.status == "done" and (name not in done or ("taken_from" in done[name].record and "taken_from" not in run.record)):
+            done[name] = run
+    return [run for run in runs if run.status != "done" or done[_identity(run)] is run]
+
+
+def _identity(run: RunFolder) -> str:
+    """Returns what is the same of copies of one run, and of no two others: the name of its folder and what it was made from."""
+    return json.dumps([run.path.name, run.record["fingerprint"], run.record["digests"]], sort_keys=True)
 
 
 def _find(folders: Sequence[str | Path]) -> list[RunFolder]:
