@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from written_runs import SHOWN, STEPS, SUBJECTS, write_run
 
@@ -20,7 +21,7 @@ from dreambooth.arms import axes
 from dreambooth.config import Config
 from dreambooth.errors import UserError
 from dreambooth.report.data import read_header, read_study
-from dreambooth.report.figures import TITLES, bars, heat_maps, subject_differences
+from dreambooth.report.figures import TITLES, Plot, bars, draw_dots, heat_maps, look, paired_dots, subject_differences, trajectories
 from dreambooth.report.page import Report, Section, breakable, make_report, render, write_report
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table
@@ -317,3 +318,35 @@ def test_bars_name_arms_below_them_where_that_fits_and_in_the_legend_where_not(p
     assert "prior=none" in texts[0] and not any("prior.prompts" in text for text in texts[0])
     assert [text for text in texts[1] if text.startswith("prior.prompts=")] == [html.escape(arm, quote=False) for arm in crowded.arms]
     assert texts[1].index("un-tuned base") < texts[1].index(html.escape(crowded.arms[0], quote=False))  # so they stand in the legend
+
+
+def test_looks_of_many_arms_are_all_different() -> None:
+    seen = [look(k) for k in range(16)]
+    assert len({(one["color"], one["marker"]) for one in seen}) == 16
+
+
+def test_dots_of_many_arms_lie_in_the_band_of_their_subject_and_inside_the_axes() -> None:
+    subjects, arms = ["car", "dog", "duck"], [f"prior.weight={k}" for k in range(12)]
+    found = pd.DataFrame([(arm, subject, 0.1 * k) for arm in arms for k, subject in enumerate(subjects)], columns=["label", "subject", "difference"])
+    ax = Figure().subplots()
+    draw_dots(found, {arm: look(k) for k, arm in enumerate(arms)}, "difference", ax)
+    low, high = ax.get_ylim()
+    lines = [line for line in ax.get_lines() if line.get_label() in arms]
+    heights = {(line.get_label(), band): y for line in lines for band, y in enumerate(line.get_ydata())}
+    assert len(set(heights.values())) == 36  # none on another
+    assert all(abs(y - band) < 0.5 and low < y < high for (_, band), y in heights.items())
+    left, right = ax.get_xlim()
+    assert all(left < x < right for line in lines for x in line.get_xdata())
+
+
+def test_arm_looks_the_same_in_the_dots_as_in_the_course_and_many_make_the_drawing_taller(write_group: Callable[..., Path]) -> None:
+    rates = [(k + 1) * 1e-5 for k in range(9)]
+    study = read_study([write_group([({"optim.learning_rate": rate}, 0.5 - 0.01 * k, 0.1) for k, rate in enumerate(rates)], seeds=(0,))])
+    dots, course_plot = paired_dots(study, "identity_fidelity"), trajectories(study, course(study))[0]
+    assert all(f"--arm-{k}" in dots.svg and f"--arm-{k}" in course_plot.svg for k in range(7))
+    few = paired_dots(study._replace(images=study.images[study.images.label.isin(study.arms[:2])]), "identity_fidelity")
+    assert _height(dots) > _height(few)
+
+
+def _height(plot: Plot) -> float:
+    return float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', plot.svg)[1])

@@ -3,7 +3,7 @@
 import io
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from dreambooth.statistics.intervals import Interval, hierarchical_interval
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")  # Okabe & Ito 2008: told apart by the colour-blind
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # so that colour is never the only sign
 INK = "#1c1b1a"  # becomes the page's own text colour
+ROW, TALLEST = 0.1, 12.0  # inches: of a row of dots, of a drawing of them
 UNDER_BARS = 46  # characters that stand side by side below them; longer names go to the legend
+ALL_STEPS_UP_TO = 6  # arms of which every step is numbered in a drawing; of more, only the first and the last
 X, Y = "prompt_alignment", "identity_fidelity"  # of the course
 RATE = "optim.learning_rate"
 TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}
@@ -67,11 +69,11 @@ def _draw_trajectory(study: Study, points: Sequence[Point], has_whiskers: bool, 
         xs, ys = [[p.values[key].mean for p in own] for key in (X, Y)]
         if has_whiskers:
             whiskers = [_whiskers([p.values[key] for p in own]) for key in (Y, X)]
-            ax.errorbar(xs, ys, *whiskers, fmt="none", ecolor=_look(k)["color"], elinewidth=0.8, alpha=0.4)
-        ax.plot(xs, ys, label=arm, **_look(k))
+            ax.errorbar(xs, ys, *whiskers, fmt="none", ecolor=look(k)["color"], elinewidth=0.8, alpha=0.4)
+        ax.plot(xs, ys, label=arm, **look(k))
         for p, x, y in zip(own, xs, ys, strict=True):
-            if not has_whiskers or p is own[0] or p is own[-1]:
-                ax.annotate(str(p.step), (x, y), (5, 5) if k % 2 else (5, -12), textcoords="offset points", fontsize=8, color=_look(k)["color"])
+            if p is own[0] or p is own[-1] or (not has_whiskers and len(study.arms) <= ALL_STEPS_UP_TO):
+                ax.annotate(str(p.step), (x, y), (5, 5) if k % 2 else (5, -12), textcoords="offset points", fontsize=8, color=look(k)["color"])
     front = sorted((p.values[X].mean, p.values[Y].mean) for p in points if p.on_front)
     ax.plot(*zip(*front, strict=True), color=INK, lw=0.8, ls=":", marker="o", ms=11, mfc="none", label="Pareto front") if front else None
     ax.set(xlabel="prompt alignment (right is better)", ylabel="identity fidelity (up is better)")
@@ -121,22 +123,35 @@ def paired_dots(study: Study, key: str) -> Plot | None:
     found = subject_differences(rows, TITLES[key], baseline)
     if found is None or found.subject.nunique() < 2:
         return None
-    arms = list(dict.fromkeys(found.label))
-    order = list(found.groupby("subject").difference.mean().sort_values().index)
-
-    def draw(ax: Any) -> None:
-        for k, arm in enumerate(arms):
-            own = found[found.label == arm].set_index("subject").difference
-            ys = [order.index(subject) + (k - (len(arms) - 1) / 2) * 0.15 for subject in own.index]
-            ax.plot(own.to_numpy(), ys, label=arm, **(_look(k + 1) | {"ls": ""}))
-        ax.axvline(0, color=INK, lw=0.8)
-        ax.set_yticks(range(len(order)), order)
-        ax.set_ylim(-0.6, len(order) - 0.4)
-        ax.set_xlabel(_wrapped(f"{TITLES[key].title.lower()}, minus {baseline}", 50))
-
+    label = _wrapped(f"{TITLES[key].title.lower()}, minus {baseline}", 50)
+    looks = {arm: look(study.arms.index(arm) if arm in study.arms else k) for k, arm in enumerate(dict.fromkeys(found.label), 1)}
+    draw, height = partial(draw_dots, found, looks, label), min(TALLEST, ROW * found.subject.nunique() * len(looks))
     values = "; ".join(f"{row.subject}, {row.label} {row.difference:+.2f}" for row in found.itertuples())
     caption = f"One dot a subject and arm, paired by prompt and noise, sorted; {TITLES[key].direction} is better."
-    return _plot(f"subjects_{key}", f"{TITLES[key].title} by subject", caption, f"Difference to {baseline}: {values}.", draw)
+    return _plot(f"subjects_{key}", f"{TITLES[key].title} by subject", caption, f"Difference to {baseline}: {values}.", draw, height)
+
+
+def draw_dots(found: pd.DataFrame, looks: Mapping[str, dict[str, Any]], label: str, ax: Any) -> None:
+    """Draws a band for each subject, in which each arm has its own height, so that no dot lies in another subject's band.
+
+    Args:
+        found: of `subject_differences`.
+        looks: of each arm, from the lowest dot of a band to the highest.
+        label: of the axis of differences.
+        ax: matplotlib axes.
+    """
+    order = list(found.groupby("subject").difference.mean().sort_values().index)
+    apart = min(0.15, 0.8 / len(looks))
+    for k, (arm, how) in enumerate(looks.items()):
+        own = found[found.label == arm].set_index("subject").difference
+        ys = [order.index(subject) + (k - (len(looks) - 1) / 2) * apart for subject in own.index]
+        ax.plot(own.to_numpy(), ys, label=arm, **(how | {"ls": ""}))
+    for between in range(len(order) - 1):
+        ax.axhline(between + 0.5, color=INK, lw=0.4, alpha=0.3)
+    ax.axvline(0, color=INK, lw=0.8)
+    ax.set_yticks(range(len(order)), order)
+    ax.set_ylim(-0.5, len(order) - 0.5)
+    ax.set_xlabel(label)
 
 
 def subject_differences(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> pd.DataFrame | None:
@@ -189,8 +204,8 @@ def _heat_map(rates: dict[str, str], other: str, points: Sequence[Point], key: s
     return _plot(f"heat_map_{key}_{number}", title, "On the selection prompts; one run of a rate gives all its steps.", f"{alt}.", draw)
 
 
-def _plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], None]) -> Plot:
-    """Returns a drawing in both forms."""
+def _plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], None], height: float = 0) -> Plot:
+    """Returns a drawing in both forms; `height`, in inches, is the least that its axes need."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -202,7 +217,8 @@ def _plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], N
         handles, labels = ax.get_legend_handles_labels()
         if handles:
             texts = [_wrapped(label, 60) for label in labels]
-            figure.set_figheight(max(3.7, 2.9 + 0.18 * sum(1 + text.count("\n") for text in texts)))  # room for the names of many arms
+            names = 0.18 * sum(1 + text.count("\n") for text in texts)
+            figure.set_figheight(max(3.7, max(2.9, height + 0.6) + names))  # room for the names of many arms
             figure.legend(handles, texts, loc="outside lower center", fontsize=9)
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         figure.savefig(png, format="png", dpi=120, facecolor="white", metadata={"Software": None})
@@ -224,8 +240,10 @@ def _inline(svg: str, name: str) -> str:
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1).strip()
 
 
-def _look(k: int) -> dict[str, Any]:
-    return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)], "ls": LINES[k % len(LINES)], "ms": 5, "lw": 1.4}
+def look(k: int) -> dict[str, Any]:
+    """Returns how arm number k is drawn, as keywords of `Axes.plot`: colour and marker together are no other's of the first 49."""
+    turn, color = divmod(k, len(COLORS))  # each turn through the colours begins with another marker
+    return {"color": COLORS[color], "marker": MARKERS[(k + turn) % len(MARKERS)], "ls": LINES[k % len(LINES)], "ms": 5, "lw": 1.4}
 
 
 def _whiskers(intervals: Sequence[Interval]) -> list[list[float]] | None:
