@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
+from small_runs import make_photos, run, weights
 
 from dreambooth import randomness
 from dreambooth.base.stable_diffusion import StableDiffusion
@@ -95,3 +96,23 @@ def test_defect_cached_latents_are_read_by_loop_step_while_the_order_is_shuffled
         assert all(torch.equal(own, known[prompt]) for own, prompt in zip(latents, batch.prompts, strict=True))
         seen += len(latents)
     assert seen == 200 and caches.computed == 12 and caches.found == 188
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_defect_training_crashes_at_the_step_where_the_text_encoder_stops(tiny_folder, tmp_path: Path, method: str) -> None:
+    """A common trainer puts one model in place of its list of models at that step, and iterates over it at the next.
+
+    Here gradients of two batches are accumulated over that step. The run goes on to its last step, and what it learned of the text encoder is
+    what a run has that ends at the boundary.
+    """
+    photos, words = make_photos(tmp_path / "dog", count=3), (f"method={method}", "method.train_text_encoder=true", "method.train_token=false")
+    common = ("prior=none", "trainer.accumulate_grad_batches=2", "trainer.eval_every=2", "optim.learning_rate=1e-3", "optim.schedule=constant")
+    own = (f"base.path={tiny_folder()}", f"data.subject_dir={photos}", "subject.class_noun=dog", f"output_dir={tmp_path / 'runs'}")
+    own += ("optim.text_encoder_learning_rate=1e-3",)
+    longer = run(*words, *common, *own, "trainer.max_steps=4", "method.text_encoder_stop_step=2")
+    shorter = run(*words, *common, *own, "trainer.max_steps=2")
+    ends, stops = weights(longer), weights(shorter)
+    text = [name for name in ends if "text" in name]
+    assert longer.record["status"] == "done" and text and len(text) < len(ends)
+    assert all(torch.equal(ends[name], stops[name]) for name in text)
+    assert not all(torch.equal(ends[name], stops[name]) for name in ends if name not in text)
