@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,12 +21,15 @@ from dreambooth.__main__ import main
 from dreambooth.arms import axes
 from dreambooth.config import Config
 from dreambooth.errors import UserError
+from dreambooth.report.answer import answer, caution, cautions, is_led
 from dreambooth.report.data import read_header, read_study
 from dreambooth.report.figures import TITLES, Plot, bars, draw_dots, heat_maps, look, paired_dots, subject_differences, trajectories
 from dreambooth.report.page import Report, Section, breakable, make_report, render, write_report
 from dreambooth.report.pictures import panels
-from dreambooth.report.record import cost_table
-from dreambooth.report.tables import Table, answer, caution, compare, course
+from dreambooth.report.record import cost_table, unmet_limits
+from dreambooth.report.tables import Table, clipped, compare, course, verdict
+from dreambooth.statistics.intervals import Interval
+from dreambooth.step_choice import StepScores, choose_step
 
 
 class Written(NamedTuple):
@@ -107,7 +111,7 @@ def test_answer_names_the_difference_with_its_interval_and_what_cannot_be_told(p
     study = read_study([prior_group])
     (sentence,) = answer(study, compare(study))
     assert "prior=none against prior=class_images at the chosen step" in sentence
-    assert "drift of the class +0.300 (+0.300 to +0.300), the class moved towards the subject, by the interval alone" in sentence
+    assert "drift of the class +0.300 (+0.300 to +0.300), the class moved more towards the subject;" in sentence
     assert re.search(r"cannot be told whether anything changed in prompt alignment \+0\.000 .*95% intervals over 3 subjects", sentence)
 
 
@@ -245,6 +249,80 @@ def test_header_of_an_experiment_gives_the_question(written: Written) -> None:
     assert read_header("no such experiment") == {}
     published = "Published: 15 subjects, Imagen (Ruiz et al. 2023, table 3)"  # beside our own figures
     assert published in written.html and published in written.markdown
+
+
+def test_answer_says_once_that_so_few_subjects_leave_the_test_nothing_to_decide(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    found = compare(study)
+    (words,) = cautions(study, found)
+    assert words.startswith("The test cannot decide here (3 subjects: p cannot be below 0.25, and 0.05 is the limit)")
+    assert "interval alone" not in answer(study, found)[0]
+    info, row = TITLES["drift"], found["drift"].rows[1]
+    able = row._replace(test=row.test._replace(smallest_p=0.01), holm_p=0.2)
+    assert verdict(able, info, True, 2) == "the class moved more towards the subject, by the interval alone"
+    assert verdict(able, info, True, 6) == "the class moved more towards the subject"  # 6 arms: nothing below 0.06
+
+
+def test_class_that_moved_less_is_not_said_to_have_moved_away(prior_group: Path) -> None:
+    found = compare(read_study([prior_group], "none"))
+    assert verdict(found["drift"].rows[1], TITLES["drift"], True) == "the class moved less towards the subject"
+
+
+def test_answer_about_several_arms_begins_with_a_sentence_about_all(write_group: Callable[..., Path]) -> None:
+    arms = [({}, 0.5, 0.1), ({"prior.weight": 2.0}, 0.6, 0.1), ({"prior.weight": 3.0}, 0.6, 0.3), ({"prior.weight": 4.0}, 0.5, 0.1)]
+    folder = write_group(arms)
+    study = read_study([folder])
+    found = compare(study)
+    said = answer(study, found)
+    assert is_led(study, found) and len(said) == 4
+    one = "1 is better in some and worse in none that can be told: prior.weight=2.0 (identity fidelity)"
+    rest = "Of the others 1 is better in some and worse in others, 1 is not to be told from it."
+    assert said[0] == f"Of 3 arms held against prior.weight=1.0 in 4 leading scores, {one}. {rest}"
+    markdown, page = (render(make_report(study), f"report.{kind}.jinja") for kind in ("md", "html"))
+    assert markdown.count("> - prior.weight=") == page.count("<li>prior.weight=") == 3
+    two = study._replace(arms=study.arms[:2], images=study.images[study.images.label.isin(study.arms[:2])])
+    assert not is_led(two, compare(two)) and len(answer(two, compare(two))) == 1
+
+
+def test_answer_about_several_arms_that_are_alike_says_that_none_can_be_told(write_group: Callable[..., Path]) -> None:
+    study = read_study([write_group([({"prior.weight": weight}, 0.5, 0.1) for weight in (1.0, 2.0, 3.0)], seeds=(0,))])
+    assert answer(study, compare(study))[0] == "Of 2 arms held against prior.weight=1.0 in 4 leading scores, none can be told from it."
+
+
+def test_report_says_in_how_many_runs_no_step_was_within_the_limits(prior_group: Path) -> None:
+    steps = [StepScores(0, 0.1, 0.3, 0.0), StepScores(10, 0.6, 0.1, 0.5)]
+    reasons = {True: choose_step(steps, 0.9, 0.2).reason, False: choose_step(steps, 0.1, 0.9).reason}
+    for path in prior_group.glob("run-0-*/run.json"):  # without the prior
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"best_step_reason": reasons["cat" not in path.parent.name]}))
+    study = read_study([prior_group])
+    assert unmet_limits(study) == {"prior=none": (4, 6)}  # the other arm's runs do not say
+    words = "In 4 of 6 runs no step was within the limits of the choice, and the one that breaks them least was taken."
+    report = make_report(study)
+    assert words in report.caution and "each run's own un-tuned base" in report.caution
+    rows = dict(report.sections[-1].tables[0].rows)
+    assert rows["runs with a step within the limits"] == "prior=none: 2 of 6"
+    assert "those of the run's own un-tuned base; where no step has both" in rows["the step is chosen by"]
+
+
+def test_reading_of_the_header_stands_under_the_answer(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    assert "Reading" in study.header
+    report = make_report(study._replace(header={"Reading": "less than <hoped> for"}))
+    page, markdown = (render(report, f"report.{kind}.jinja") for kind in ("html", "md"))
+    assert page.index(report.caution.split("'")[0]) < page.index("less than &lt;hoped&gt; for") < page.index("2 arms, 3 subjects")
+    assert markdown.index("> ") < markdown.index("less than <hoped> for") < markdown.index("2 arms, 3 subjects")
+
+
+def test_interval_of_a_bounded_score_ends_where_the_score_does(prior_group: Path) -> None:
+    assert clipped(Interval(0.99, 0.95, 1.02, 5, "subject"), "true_identity") == Interval(0.99, 0.95, 1.0, 5, "subject")
+    assert clipped(Interval(0.9, -0.2, 1.4, 5, "subject"), "true_context", is_difference=True)[1:3] == (-0.2, 1.0)
+    assert clipped(Interval(0.9, None, None, 2, "subject"), "true_identity").low is None
+    assert clipped(Interval(-3, -4, 5, 5, "subject"), "memorisation").high == 5
+    study = read_study([prior_group])
+    truth = np.where(study.images.kind == "subject", study.images.subject != "cat", np.nan)  # 0, 1, 1
+    rows = compare(study._replace(images=study.images.assign(true_identity=truth * 0.5 + 0.5)))["true_identity"].rows
+    assert all(row.mean.high <= 1 for row in rows)
 
 
 def test_page_escapes_what_comes_from_outside() -> None:

@@ -66,3 +66,13 @@ def test_report_of_the_lab_has_the_three_tables_and_any_other_none(study: Study,
     assert all(len(row) == len(table.header) for table in section.tables for row in table.rows)
     assert "10 (6x) of" in section.tables[1].rows[0][-1]
     assert truth_tables(read_study([prior_group])) == []
+
+
+def test_agreement_with_a_truth_that_hardly_varies_is_not_printed(study: Study) -> None:
+    own = study.images.kind == "subject"
+    place = np.where(own, (np.arange(len(own)) != int(np.flatnonzero(own & (study.images.arm == "best"))[0])).astype(float), np.nan)
+    for truth, words in ((place, "truth hardly varies (9"), (np.where(own, np.arange(len(own)) % 2, np.nan), "0.")):
+        images = study.images.assign(true_context=truth)
+        table = truth_tables(study._replace(images=images))[2]
+        row = next(row for row in table.rows if row[0] == "Identity fidelity")
+        assert row[2].lstrip("-").startswith(words) and "hardly" not in row[1]

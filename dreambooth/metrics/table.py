@@ -76,6 +76,8 @@ METRICS = (
         "the class moved towards the subject",
         "identity",
         "class",
+        ahead="the class moved less towards the subject",
+        behind="the class moved more towards the subject",
     ),
     MetricInfo("diversity", "Diversity of the subject", "up", "How much images of one prompt differ from each other to the eye.", column="diversity"),
     MetricInfo(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dreambooth import __version__
 from dreambooth.errors import UserError
 from dreambooth.files import write_text, write_with
+from dreambooth.report.answer import answer, cautions, is_led
 from dreambooth.report.data import Study, read_study
 from dreambooth.report.figures import Plot, bars, heat_maps, paired_dots, trajectories
 from dreambooth.report.pictures import Panel, data_uri, panels, sheet
@@ -17,8 +18,6 @@ from dreambooth.report.record import cost_table, left_out_table, reproducibility
 from dreambooth.report.tables import (
     ANSWERING,
     Table,
-    answer,
-    caution,
     compare,
     course,
     course_table,
@@ -48,6 +47,7 @@ class Report(NamedTuple):
     basis: str  # how many runs of what
     header: dict[str, str]
     sections: list[Section]
+    has_lead: bool = False  # the first sentence of the answer speaks of all arms, the others of one each
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None, baseline: str | None = None, seed: int = 0) -> list[Path]:
@@ -97,7 +97,8 @@ def make_report(study: Study, seed: int = 0) -> Report:
     ]
     title = ", ".join(study.groups)
     sections = [section for section in sections if section.plots or section.panels or any(table.rows for table in section.tables)]
-    return Report(title, _question(study), answer(study, best), caution(study), _basis(study), study.header, sections)
+    beside = " ".join(cautions(study, best)) or None
+    return Report(title, _question(study), answer(study, best), beside, _basis(study), study.header, sections, is_led(study, best))
 
 
 def render(report: Report, template: str) -> str:

@@ -1,4 +1,4 @@
-"""What a paper found, beside what the study found: differences between the same arms, read by their signs.
+"""What a paper found, beside what the study found: scores of the same arms and their differences, read by their signs.
 
 The figures stand in the header of the experiment's YAML, behind "Figures:", as `score: arm value, arm value; score: ...`; an arm is
 named by the value of its setting, as on the command line.
@@ -11,7 +11,7 @@ from dreambooth.arms import axes
 from dreambooth.errors import UserError
 from dreambooth.metrics.table import METRICS
 from dreambooth.report.data import Study
-from dreambooth.report.tables import STEP_WORDS, Table, is_told, signed
+from dreambooth.report.tables import STEP_WORDS, Table, is_told, short, signed
 from dreambooth.statistics.comparison import Comparison
 from dreambooth.statistics.intervals import Interval
 
@@ -48,7 +48,7 @@ def read_figures(text: str) -> list[Published]:
 
 
 def beside_the_paper(study: Study, best: dict[str, Comparison], last: dict[str, Comparison]) -> Table | None:
-    """Returns the published differences to the baseline beside the study's own; None where there are none to compare.
+    """Returns the published scores and their differences to the baseline beside the study's own; None where there are none to compare.
 
     Args:
         study: with its header.
@@ -59,22 +59,32 @@ def beside_the_paper(study: Study, best: dict[str, Comparison], last: dict[str, 
         UserError: the header's figures are not written as they must be.
     """
     figures = {(one.key, arm): one.value for one in read_figures(study.header.get(HEADER_WORD, "")) if (arm := _arm_of(study, one.arm)) is not None}
-    rows, same, other = [], 0, 0
-    for key, arm in figures:
-        if arm == study.baseline or (key, study.baseline) not in figures or key not in last:
+    rows, words = [], []
+    for key in dict.fromkeys(key for key, _ in figures):
+        others = [arm for of, arm in figures if of == key and arm != study.baseline]
+        if not others or (key, study.baseline) not in figures or key not in last:
             continue
-        theirs = figures[key, arm] - figures[key, study.baseline]
-        chosen, final = (next((row.difference for row in found[key].rows if row.arm == arm), None) for found in (best, last))
         title = next(info.title for info in METRICS if info.key == key)
-        words = compared_signs(theirs, final)
-        same, other = same + (words == SAME), other + (words == OTHER)
-        rows.append([title, arm, f"{theirs:+.3f}", signed(chosen) or "-", signed(final) or "-", words])
+        for arm in (study.baseline, *others):
+            ours = [next((row for row in found[key].rows if row.arm == arm), None) for found in (best, last)]
+            values = [f"{figures[key, arm]:.3f}", *(short(row.mean) if row else "-" for row in ours)]
+            if arm == study.baseline:
+                rows.append([title, arm, *values, "", "", "", "baseline"])
+                continue
+            theirs, differences = figures[key, arm] - figures[key, study.baseline], [row and row.difference for row in ours]
+            words.append(compared_signs(theirs, differences[1]))
+            rows.append([title, arm, *values, f"{theirs:+.3f}", *(signed(one) or "-" for one in differences), words[-1]])
     if not rows:
         return None
-    header = ["score", "arm", "published", f"ours, {STEP_WORDS['best']}", f"ours, {STEP_WORDS['final']}", f"{STEP_WORDS['final']}, in words"]
-    counts = f"{same} of {len(rows)} differences go the published way, {other} the other way, {len(rows) - same - other} cannot be told."
-    note = f"{counts} Other networks, pictures and scales: signs compare, sizes do not. Published scores have no intervals."
-    return Table(f"Beside the paper: differences, each minus {study.baseline}", note, header, rows)
+    where = ["published", f"ours, {STEP_WORDS['best']}", f"ours, {STEP_WORDS['final']}"]
+    header = ["score", "arm", *where, *(f"difference {one}" for one in where), f"{STEP_WORDS['final']}, in words"]
+    same, other = words.count(SAME), words.count(OTHER)
+    counts = f"{same} of {len(words)} differences go the published way, {other} the other way, {len(words) - same - other} cannot be told."
+    note = (
+        f"{counts} Differences are minus {study.baseline}. Other networks, pictures and scales: signs compare, sizes do not. "
+        "Published scores have no intervals."
+    )
+    return Table("Beside the paper", note, header, rows)
 
 
 def compared_signs(theirs: float, ours: Interval | None) -> str:

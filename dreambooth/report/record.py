@@ -10,6 +10,7 @@ from dreambooth.config import to_plain
 from dreambooth.report.data import ScoredRun, Study
 from dreambooth.report.tables import Table
 
+NONE_WITHIN = "no step is within the limits"  # as `step_choice` begins its reason
 COSTS: dict[str, Callable[[ScoredRun], float | None]] = {
     "learned parameters": lambda run: _learned(run)[0],
     "steps a second": lambda run: _steps(run) / _seconds(run)["training"] if _seconds(run).get("training") and _steps(run) else None,
@@ -82,7 +83,8 @@ def reproducibility(study: Study) -> Table:
     versions = {f"{name} {version}" for record in records for name, version in record.get("versions", {}).items()}
     hours = sum(sum(record.get("seconds", {}).values()) for record in records) / 3600
     rule = first.evaluation
-    limits = f"alignment at least {rule.min_alignment_ratio:g} times, drift at most {rule.max_drift_gain:g} above the un-tuned base's"
+    base = "above, those of the run's own un-tuned base; where no step has both, the one that breaks them least"
+    limits = f"alignment at least {rule.min_alignment_ratio:g} times, drift at most {rule.max_drift_gain:g} {base}"
     entries = {
         "command": [study.header["Command"]] if "Command" in study.header else [],
         "code": sorted({str(record.get("git_revision")) for record in records}),
@@ -93,6 +95,7 @@ def reproducibility(study: Study) -> Table:
         "final prompts": [_prompts([config.evaluation.final_prompts for config in configs])],
         "the step is chosen by": [f"highest identity fidelity on the selection prompts with {limits}"],
         "chosen steps": [f"{arm}: {', '.join(str(run.folder.record.get('best_step')) for run in study.of_arm(arm))}" for arm in study.arms],
+        "runs with a step within the limits": [f"{arm}: {runs - unmet} of {runs}" for arm, (unmet, runs) in unmet_limits(study).items()],
         "subjects": study.subjects,
         "training seeds": sorted({str(config.seed) for config in configs}),
         "evaluation seed": sorted({str(config.evaluation.seed) for config in configs}),
@@ -103,6 +106,12 @@ def reproducibility(study: Study) -> Table:
     }
     rows = [[key, "; ".join(values)] for key, values in entries.items() if values]
     return Table("To get the same numbers again", "", ["", ""], rows)
+
+
+def unmet_limits(study: Study) -> dict[str, tuple[int, int]]:
+    """Returns for each arm how many runs had no step within the limits of the choice, of how many that say why they chose theirs."""
+    reasons = {arm: [str(reason) for run in study.of_arm(arm) if (reason := run.folder.record.get("best_step_reason"))] for arm in study.arms}
+    return {arm: (sum(reason.startswith(NONE_WITHIN) for reason in said), len(said)) for arm, said in reasons.items() if said}
 
 
 def _digests(records: Sequence[dict[str, Any]], name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A study -> its answer in a sentence and its tables, as text cells that a page and a Markdown file show alike."""
+"""A study -> the comparison of its arms and its tables, as text cells that a page and a Markdown file show alike."""
 
 import math
 import re
@@ -20,6 +20,13 @@ BY_INTERVAL = "by the interval alone"
 BY_INTERVAL_WORDS = (
     f'"{BY_INTERVAL.capitalize()}": the interval leaves out 0, but the test, corrected for the number of arms, stays above {SHOWN_P:g}.'
 )
+RANGES = {  # of bounded scores; a resampled mean may be set out over their ends, where no score can lie
+    **dict.fromkeys(("identity_fidelity", "image_fidelity", "masked_identity"), (-1.0, 1.0)),
+    **dict.fromkeys(("prompt_alignment", "prompt_alignment_with_identifier", "drift"), (-1.0, 1.0)),
+    **dict.fromkeys(("diversity", "class_diversity", "other_class_drift"), (0.0, 2.0)),  # 1 - cosine
+    **dict.fromkeys(("true_identity", "true_context", "other_class_color_drift"), (0.0, 1.0)),
+    **dict.fromkeys(("sharpness", "lpips_diversity"), (0.0, math.inf)),
+}
 STEP_WORDS = {"best": "chosen step", "final": "last step"}
 
 
@@ -50,35 +57,29 @@ def compare(study: Study, step: str = "best") -> dict[str, Comparison]:
     """
     rows, baseline = study.compared(step)
     found = {info.key: _compare_one(rows, info, baseline) for info in METRICS}
-    return {key: comparison for key, comparison in found.items() if comparison is not None}
+    return {key: _within_range(comparison) for key, comparison in found.items() if comparison is not None}
 
 
-def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
-    """Returns the answer: a sentence for each arm, with the paired difference of each leading score, its interval, and what it cannot tell."""
-    known = [info for info in METRICS if info.key in ANSWERING and info.key in comparisons]
-    if not known:
-        return ["Nothing can be said: none of the leading scores was measured in the baseline."]
-    sentences = []
-    for arm in dict.fromkeys(row.arm for info in known for row in comparisons[info.key].rows[1:]):
-        told, untold = [], []
-        for info in known:
-            row = next((row for row in comparisons[info.key].rows if row.arm == arm), None)
-            if row is not None:
-                (told if is_told(row.difference) else untold).append(f"{_lower(info.title)} {_in_words(row, info, study.has_arms)}")
-        where, over = f" at the {STEP_WORDS['best']}" if study.has_arms else "", _over(known, comparisons, arm)
-        parts = ["; ".join(told)] if told else []
-        parts += [f"it cannot be told whether anything changed in {'; '.join(untold)}"] if untold else []
-        sentences.append(f"{arm} against {comparisons[known[0].key].baseline}{where}: {'; and '.join(parts)}{over}.")
-    return sentences or ["There is nothing to compare yet: no arm but the baseline has scores."]
+def clipped(interval: Interval, key: str, is_difference: bool = False) -> Interval:
+    """Returns an interval cut off at the ends of its score's range; of a difference, at those that two scores of that range can have.
+
+    Args:
+        interval: of the score, or of a difference of two.
+        key: of the score; one without a known range is left as it is.
+        is_difference: it is of a difference.
+    """
+    low, high = RANGES.get(key, (-math.inf, math.inf))
+    low, high = (low - high, high - low) if is_difference else (low, high)
+    return interval if interval.low is None else interval._replace(low=max(interval.low, low), high=min(interval.high, high))
 
 
-def caution(study: Study) -> str | None:
-    """Returns what the intervals do not speak of: other subjects, where there are fewer than 3; None where there are enough."""
-    count = len(study.subjects)
-    if count >= FEWEST_UNITS:
-        return None
-    words = f"Too few subjects ({count}) to say anything of others: {FEWEST_UNITS} are the fewest, 5 or more are advisable."
-    return f"{words} The intervals are over prompts (images, for the class), of {'this subject' if count == 1 else 'these two'} alone."
+def _within_range(comparison: Comparison) -> Comparison:
+    key = comparison.score
+    rows = [
+        row._replace(mean=clipped(row.mean, key), difference=row.difference and clipped(row.difference, key, is_difference=True))
+        for row in comparison.rows
+    ]
+    return comparison._replace(rows=rows)
 
 
 def is_told(difference: Interval | None) -> bool:
@@ -86,13 +87,24 @@ def is_told(difference: Interval | None) -> bool:
     return difference is not None and difference.low is not None and not difference.low <= 0 <= difference.high
 
 
-def verdict(row: ArmRow, info: MetricInfo, is_arm: bool) -> str:
+def tested(comparison: Comparison) -> int:
+    """Returns how many arms are tested against the baseline, for which p is corrected."""
+    return sum(row.test is not None and not math.isnan(row.test.p) for row in comparison.rows)
+
+
+def can_test(row: ArmRow, arms: int) -> bool:
+    """Tells whether the test of a row, corrected for so many arms, could bear out any difference with as many units."""
+    return row.test is not None and row.test.smallest_p * arms <= SHOWN_P
+
+
+def verdict(row: ArmRow, info: MetricInfo, is_arm: bool, arms: int = 1) -> str:
     """Returns what a difference to the baseline says, in words: better, worse, or that it cannot be told.
 
     Args:
         row: with its difference.
         info: of the score.
         is_arm: the baseline is an arm, not the un-tuned base.
+        arms: that are tested with it. Where the test cannot bear out anything, no verdict says that it did not; the report says so once.
     """
     d = row.difference
     if d is None:
@@ -106,7 +118,7 @@ def verdict(row: ArmRow, info: MetricInfo, is_arm: bool) -> str:
     if is_arm:
         words = (info.ahead if is_better else info.behind) or words
     words = words or ("better" if is_better else "worse")
-    return f"{words}, {BY_INTERVAL}" if row.holm_p > SHOWN_P else words
+    return f"{words}, {BY_INTERVAL}" if row.holm_p > SHOWN_P and can_test(row, arms) else words
 
 
 def score_tables(study: Study, best: dict[str, Comparison], last: dict[str, Comparison]) -> list[Table]:
@@ -125,7 +137,7 @@ def course(study: Study) -> list[Point]:
         rows = pd.DataFrame([row | {"subject": run.subject, "seed": run.config.seed} for run in study.of_arm(arm) for row in run.course])
         for step, at in rows.groupby("step") if len(rows) else ():
             keys = [key for key in ANSWERING if key in at.columns and at[key].notna().any()]
-            points.append(Point(arm, int(step), {key: hierarchical_interval(at[key], at.subject, at.seed) for key in keys}))
+            points.append(Point(arm, int(step), {key: clipped(hierarchical_interval(at[key], at.subject, at.seed), key) for key in keys}))
     placed = {k: tuple(p.values[key].mean for key in ANSWERING[:2]) for k, p in enumerate(points) if p.step and set(ANSWERING[:2]) <= set(p.values)}
     front = {k for k, own in placed.items() if not any(_dominates(other, own) for other in placed.values())}
     return [point._replace(on_front=k in front) for k, point in enumerate(points)]
@@ -185,7 +197,7 @@ def _differences(title: str, comparisons: dict[str, Comparison]) -> Table:
         sentence, baseline = sentence or comparison.sentence, comparison.baseline
         for row in comparison.rows[1:]:
             p = [_p(row.test.p), _p(row.holm_p)] if row.test else ["", ""]
-            rows.append([info.title, row.arm, signed(row.difference), *p, verdict(row, info, baseline != BASE)])
+            rows.append([info.title, row.arm, signed(row.difference), *p, verdict(row, info, baseline != BASE, tested(comparison))])
     note = f"{sentence} {BY_INTERVAL_WORDS}" if any(BY_INTERVAL in cell for row in rows for cell in row) else sentence
     return Table(f"{title}, each minus {baseline}", note, ["score", "arm", "difference", "p", "p (Holm)", "in words"], rows)
 
@@ -198,7 +210,7 @@ def _by_kind(study: Study) -> Table | None:
         return None
     shown = [i for i in METRICS if i.kind == "subject" and i.is_headline and i.column in rows.columns and rows[i.column].notna().any()]
     cells = [
-        [f"{label}, {kind} ({len(part)} images)", *(_macro(part, info.column) for info in shown)]
+        [f"{label}, {kind} ({len(part)} images)", *(_macro(part, info) for info in shown)]
         for (label, kind), part in rows.groupby(["label", "prompt_kind"], sort=False)
     ]
     note = "A property or an accessory changes the subject by design, so identity fidelity is lower there."
@@ -218,33 +230,18 @@ def _by_subject(study: Study, comparisons: dict[str, Comparison]) -> Table:
 def _reference(study: Study, name: str, info: MetricInfo) -> str:
     values = [run.scores["references"].get(name, {}).get(info.key) for run in study.runs]
     interval = bootstrap_interval([math.nan if v is None else v for v in values], [run.subject for run in study.runs], unit="subject")
-    return "-" if math.isnan(interval.mean) else short(interval)
+    return "-" if math.isnan(interval.mean) else short(clipped(interval, info.key))
 
 
 def _base_mean(images: pd.DataFrame, info: MetricInfo) -> str:
     rows = images[images.kind == info.kind]
-    return _macro(rows, info.column) if info.column in rows.columns else "-"
+    return _macro(rows, info) if info.column in rows.columns else "-"
 
 
-def _macro(rows: pd.DataFrame, column: str) -> str:
-    if not rows[column].notna().any():
+def _macro(rows: pd.DataFrame, info: MetricInfo) -> str:
+    if not rows[info.column].notna().any():
         return "-"
-    return short(hierarchical_interval(rows[column], rows.subject, rows.seed.fillna(-1)))
-
-
-def _in_words(row: ArmRow, info: MetricInfo, is_arm: bool) -> str:
-    d = row.difference
-    if d.low is None:
-        return f"{d.mean:+.3f} (no interval, {d.n} {d.unit}{'' if d.n == 1 else 's'})"
-    words = f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
-    return f"{words}, {verdict(row, info, is_arm)}" if is_told(d) else words
-
-
-def _over(known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arm: str) -> str:
-    """Returns what an arm's intervals are over: " (95% intervals over 4 prompts and 12 images)"; "" if there are none."""
-    rows = [row for info in known for row in comparisons[info.key].rows if row.arm == arm and row.difference and row.difference.low is not None]
-    units = dict.fromkeys(f"{row.difference.n} {row.difference.unit}s" for row in rows)
-    return f" (95% intervals over {' and '.join(units)})" if units else ""
+    return short(clipped(hierarchical_interval(rows[info.column], rows.subject, rows.seed.fillna(-1)), info.key))
 
 
 def short(interval: Interval) -> str:
@@ -266,7 +263,3 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 def _p(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2g}" if value >= 0.001 else "<0.001"
-
-
-def _lower(title: str) -> str:
-    return title if title[:2].isupper() else title[0].lower() + title[1:]

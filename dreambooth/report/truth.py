@@ -8,12 +8,13 @@ import pandas as pd
 
 from dreambooth.metrics.table import METRICS
 from dreambooth.report.data import Study
-from dreambooth.report.tables import Table, short, signed
+from dreambooth.report.tables import Table, clipped, short, signed
 from dreambooth.statistics.correlation import correlation
 from dreambooth.statistics.intervals import Interval, hierarchical_interval
 
 ORACLE = "ground_truth"  # reference row: true renders of the subject in the prompted places
 LEARNED, PLACE = "true_identity_margin", "true_context"  # what scores are held against
+HARDLY = 0.95  # share of pictures with one and the same truth from which on a rank correlation with it says nothing
 TITLES = {info.column: info.title for info in METRICS}
 
 
@@ -67,6 +68,22 @@ def agreement(images: pd.DataFrame, column: str, truth: str) -> Interval:
     return correlation(images[column], images[truth], images.subject, within=True, unit="subject")
 
 
+def alike(images: pd.DataFrame, truth: str) -> float:
+    """Returns the share of pictures that have the commonest value of a truth: 1 if it does not vary at all; 0 where it was not measured.
+
+    Args:
+        images: of the subject.
+        truth: of the truth.
+    """
+    shares = images[truth].value_counts(normalize=True)
+    return float(shares.iloc[0]) if len(shares) else 0.0
+
+
+def _agreement_words(images: pd.DataFrame, column: str, truth: str) -> str:
+    share = alike(images, truth)
+    return f"truth hardly varies ({share:.0%} alike)" if share >= HARDLY else short(agreement(images, column, truth))
+
+
 def each_once(images: pd.DataFrame) -> pd.DataFrame:
     """Returns the images without those that stand in the table twice: a chosen step that is the last one, an un-tuned base that runs share."""
     tuned = images[images.step > 0].drop_duplicates(["run", "step", "template", "k"])
@@ -78,7 +95,7 @@ def _way(study: Study) -> Table:
     rows = []
     for arm in study.arms:
         best = study.images[(study.images.label == arm) & (study.images.arm == "best") & (study.images.kind == "subject")]
-        truth = [hierarchical_interval(best[column], best.subject, best.seed) for column in ("true_identity", PLACE)]
+        truth = [clipped(hierarchical_interval(best[column], best.subject, best.seed), column) for column in ("true_identity", PLACE)]
         seconds = [sum(run.folder.record.get("seconds", {}).values()) for run in study.of_arm(arm)]
         share = way_closed(study, arm)
         rows.append([arm, short(share), *map(short, truth), f"{sum(seconds) / len(seconds) / 60:.1f}"])
@@ -118,11 +135,11 @@ def _agreement(study: Study) -> Table:
     tuned = images[images.step > 0]
     measured = {column for column in images if images[column].notna().any()}
     known = [info for info in METRICS if info.kind == "subject" and info.column in measured and not info.column.startswith("true_")]
-    rows = [[info.title, *(short(agreement(own, info.column, truth)) for own in (tuned, images) for truth in (LEARNED, PLACE))] for info in known]
+    rows = [[info.title, *(_agreement_words(own, info.column, truth) for own in (tuned, images) for truth in (LEARNED, PLACE))] for info in known]
     note = (
         "Spearman's rank correlation over the pictures of a subject, of both steps of all arms, each picture once; 1 is full agreement. A score of"
         " identity should follow the subject, one of alignment the place. With the un-tuned base's pictures in it a score also agrees that is only"
-        " able to tell trained from not trained."
+        f" able to tell trained from not trained. Where {HARDLY:.0%} of the pictures or more have the same truth, there is nothing to agree with."
     )
     return Table(
         "Which scores tell the truth?",
