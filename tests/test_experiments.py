@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from small_runs import ROOT, first_value, make_dreambench, make_photos, run, typed, weights
 
 import evaluate  # noqa: F401  # registers its config
-from dreambooth.class_bank import bank_digest, read_user_bank, wants_class_images
+from dreambooth.class_images import bank_digest, read_user_bank, wants_class_images
 from dreambooth.config import NOT_SCIENCE, Config, EvaluateConfig, fingerprint, to_plain
 from dreambooth.final_scores import read_photos
 from dreambooth.lab.class_renders import main as write_class_renders

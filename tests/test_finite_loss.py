@@ -93,7 +93,7 @@ def test_finite_loss_advises_full_precision_only_where_it_is_not_there_yet(make_
 def test_class_images_of_a_folder_keep_their_names(make_config, tmp_path: Path) -> None:
     from small_runs import make_photos
 
-    from dreambooth.class_bank import read_user_bank
+    from dreambooth.class_images import read_user_bank
 
     folder = make_photos(tmp_path / "dogs")
     bank = read_user_bank(make_config({"prior.class_dir": str(folder)}))

@@ -87,7 +87,7 @@ def test_defect_cached_latents_are_read_by_loop_step_while_the_order_is_shuffled
     grey = [Image.new("RGB", (64, 64), (level, level, 255 - level)) for level in range(0, 240, 20)]
     sets = ImageSet(grey[:7], [f"photo {k}" for k in range(7)]), ImageSet(grey[7:], [f"class {k}" for k in range(5)])
     known = {}
-    for images, captions, _ in sets:
+    for images, captions, *_ in sets:
         for image, caption in zip(images, captions, strict=True):
             known[caption] = base.latent_distribution(to_pixel_values(prepare(image, 64))[None].contiguous())[0][0]
     caches, seen = make_caches(base, "memory", Path(), 10**8), 0
