@@ -29,7 +29,7 @@ from dreambooth.metrics_csv import MetricsFile
 from dreambooth.mirror import mirror_scores, mirror_taken, wandb_logger
 from dreambooth.preflight import before_loading, cache_needed, check_disk, check_memory, require_writable
 from dreambooth.ranks import ALONE, Ranks
-from dreambooth.recipes import resolve, settle_steps, with_class_folder
+from dreambooth.recipes import resolve, settle_steps
 from dreambooth.runs import RunFolder, claimed_run, read_run
 from dreambooth.samplers import check_sampler
 from dreambooth.subject_photos import SubjectPhotos, prepared, read_subject_photos, save_photos
@@ -54,7 +54,7 @@ def train(config: Config) -> RunFolder:
     config.optim.check(device, config.trainer.precision)
     photos = read_subject_photos(config)  # every photo is decoded before a model loads
     config = settle_steps(config, photos.weighted_count)
-    own_bank = read_user_bank(with_class_folder(config))
+    own_bank = read_user_bank(config)
     require_writable(config.output_dir)
     base_digest = config.base.digest()
     digests = {"base": base_digest, "photos": photos.digest, "class_images": bank_digest(config, base_digest, own_bank)}
@@ -89,9 +89,7 @@ def follow() -> None:
     with ranks.following() as (own, task):
         config = from_plain(task["config"], "the first rank's config")
         try:
-            fit_and_score(
-                config, read_run(task["run"]), read_subject_photos(config), read_user_bank(with_class_folder(config)), task["base_digest"], own
-            )
+            fit_and_score(config, read_run(task["run"]), read_subject_photos(config), read_user_bank(config), task["base_digest"], own)
         except Exception as error:  # the process's boundary
             if (sentence := cli.explain(error)) is None:
                 raise

@@ -119,17 +119,18 @@ def read_user_bank(config: Config) -> ClassBank | None:
     """Returns the user's own class images; None without `prior.class_dir`.
 
     Their captions are the first class prompt, or with `data.captions=auto` each one's own (the file beside it, or its name), where it has one.
-    Where the subjects are of several classes, the folder holds one for each, named by the class.
+    Where the subjects are of several classes, the folder holds one for each, named by the class. {subject} in its path stands for the class noun.
 
     Raises:
         UserError: naming `prior.class_dir` or the file.
     """
     if not wants_class_images(config) or config.prior.class_dir is None:
         return None
+    folder = config.subject.prior_in_prompt(config.prior.class_dir)  # run.json keeps {subject}: one word for all subjects of a study
     nouns = config.prior_nouns
     if len(nouns) == 1:
-        return _images_of(config, config.prior.class_dir, nouns[0])
-    folders = _folders_by_class(Path(config.prior.class_dir).expanduser(), nouns, config.prior.top_up)
+        return _images_of(config, folder, nouns[0])
+    folders = _folders_by_class(Path(folder).expanduser(), nouns, config.prior.top_up)
     return together([_images_of(config, str(folder), noun) for noun, folder in folders.items()])
 
 

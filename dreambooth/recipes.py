@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-from dataclasses import replace
 from typing import Any
 
 from dreambooth.adapters.lora import ATTENTION, WITH_CONVOLUTIONS
@@ -13,6 +12,7 @@ from dreambooth.cross_checks import refuse_ignored
 from dreambooth.dreambench import read_dreambench, same_prompt
 from dreambooth.encoders import ClipDino, LabEncoders
 from dreambooth.errors import ConfigError
+from dreambooth.lab.splits import CLASS_IMAGE_CONTEXTS
 from dreambooth.priors import ClassImages, NoPrior, RecipePrior
 
 # The lab: measured on this project's own base, see experiments/. The final contexts appear in no photo and in no class caption;
@@ -26,20 +26,7 @@ LAB: dict[str, Any] = {
     "data.held_out": 4,
     "prior.batch_size": 4,
     "prior.num_images": 64,
-    "prior.prompts": ["a photo of a {subject}"]
-    + [
-        f"a photo of a {{subject}} {context}"
-        for context in (
-            "on the grass",
-            "on a wooden table",
-            "on the beach",
-            "in a city",
-            "at night",
-            "at sunset",
-            "on a checkered floor",
-            "on a red carpet",
-        )
-    ],
+    "prior.prompts": ["a photo of a {subject}", *(f"a photo of a {{subject}} {context}" for context in CLASS_IMAGE_CONTEXTS)],
     "method.train_text_encoder": True,
     "method.train_token": True,
     "objective.weighting": "capped_velocity",
@@ -238,14 +225,6 @@ def _fit_inversion(config: Config) -> None:
     if method.inversion_steps >= steps:
         rule = f"must be below trainer.max_steps ({steps}), so that {method.then} learns too"
         raise ConfigError("method.inversion_steps", rule, method.inversion_steps, "lower it, or choose method=textual_inversion")
-
-
-def with_class_folder(config: Config) -> Config:
-    """Returns the config with {subject} in `prior.class_dir` filled in, to read from: run.json keeps one word for all subjects of a study."""
-    folder = getattr(config.prior, "class_dir", None)
-    if folder is None:
-        return config
-    return replace(config, prior=replace(config.prior, class_dir=config.subject.prior_in_prompt(folder)))
 
 
 def require_held_out(config: Config, where: str) -> None:

@@ -18,7 +18,7 @@ from dreambooth.config import NOT_SCIENCE, Config, EvaluateConfig, fingerprint, 
 from dreambooth.final_scores import read_photos
 from dreambooth.lab.class_renders import main as write_class_renders
 from dreambooth.metrics_csv import MetricsFile
-from dreambooth.recipes import resolve, with_class_folder
+from dreambooth.recipes import resolve
 from dreambooth.runs import RunFolder
 from dreambooth.subject_photos import read_subject_photos
 
@@ -62,7 +62,7 @@ def trained(config: Config) -> str:
             plain["optim"].pop(f"{part}_learning_rate")
     if not wants_class_images(config):
         plain.pop("sampling")
-    photos, own_bank = read_subject_photos(config), read_user_bank(with_class_folder(config))
+    photos, own_bank = read_subject_photos(config), read_user_bank(config)
     for dotted in (*NOT_SCIENCE, *TRAINS_NOTHING, "data.photos", "data.captions"):
         *parents, last = dotted.split(".")
         node = plain[parents[0]] if parents else plain
@@ -73,7 +73,7 @@ def trained(config: Config) -> str:
 
 def named(config: Config) -> str:
     """Returns the fingerprint of a resolved config's run."""
-    bank = bank_digest(config, "base", read_user_bank(with_class_folder(config)))
+    bank = bank_digest(config, "base", read_user_bank(config))
     return fingerprint(to_plain(config), base="base", photos=read_subject_photos(config).digest, class_images=bank)
 
 

@@ -9,17 +9,17 @@ from small_runs import composed
 
 from dreambooth.class_images import bank_digest, read_user_bank, to_draw
 from dreambooth.errors import UserError
-from dreambooth.lab.class_renders import FIRST_INDIVIDUAL, PLACES, main, write_renders
+from dreambooth.lab.class_renders import FIRST_INDIVIDUAL, main, write_renders
 from dreambooth.lab.ground_truth import FIRST_RIVAL, RIVAL_STRIDE, RIVALS
 from dreambooth.lab.identities import identity
-from dreambooth.lab.splits import HELD_OUT_SEEDS
+from dreambooth.lab.splits import CLASS_IMAGE_CONTEXTS, HELD_OUT_SEEDS
 from dreambooth.lab.world import render_keyed
-from dreambooth.recipes import LAB, resolve, with_class_folder
+from dreambooth.recipes import LAB, resolve
 from dreambooth.runs import run_path
 
 
-def test_places_are_those_of_the_recipes_class_images() -> None:
-    assert ["a photo of a {subject}" + (f" {place}" if place else "") for place in PLACES] == LAB["prior.prompts"]
+def test_class_images_show_no_place_of_the_final_scores() -> None:
+    assert not [prompt for prompt in LAB["evaluation.final_prompts"] if prompt.endswith(CLASS_IMAGE_CONTEXTS)]
 
 
 def test_individuals_are_none_of_an_experiment_or_of_the_judge() -> None:
@@ -57,7 +57,7 @@ def test_every_render_of_the_study_is_read_as_a_class_image(tmp_path: Path, noun
     words = [f"prior.class_dir='{tmp_path}/64/{{subject}}'", "prior.top_up=true", "prior.num_images=64", f"subject.class_noun={noun}"]
     config = resolve(composed(*words))
     assert config.prior.class_dir.endswith("/64/{subject}")  # as it was said: one arm of a study, whatever the subject
-    own = read_user_bank(with_class_folder(config))
+    own = read_user_bank(config)
     assert len(own.images) == 64 and not any(to_draw(config, own).values())
     assert set(own.captions) == {prompt.replace("{subject}", noun) for prompt in LAB["prior.prompts"]}
 
@@ -65,7 +65,7 @@ def test_every_render_of_the_study_is_read_as_a_class_image(tmp_path: Path, noun
 def test_folder_without_the_class_is_refused_by_its_name(tmp_path: Path) -> None:
     config = resolve(composed(f"prior.class_dir='{tmp_path}/{{subject}}'", "subject.class_noun=dog"))
     with pytest.raises(UserError, match="^prior.class_dir must be an existing folder, got '.*/dog'"):
-        read_user_bank(with_class_folder(config))
+        read_user_bank(config)
 
 
 def test_top_up_without_a_folder_is_the_run_without_it() -> None:

@@ -15,20 +15,9 @@ from PIL import Image
 from dreambooth.errors import UserError
 from dreambooth.files import write_png, write_text
 from dreambooth.lab.identities import caption, check_word, identity
-from dreambooth.lab.splits import TRAINED_CLASSES, TRAINED_SEEDS
+from dreambooth.lab.splits import CLASS_IMAGE_CONTEXTS, TRAINED_CLASSES, TRAINED_SEEDS
 from dreambooth.lab.world import render_keyed
 
-PLACES = (  # that the captions of the recipe's class images name, in their turn; None: unsaid
-    None,
-    "on the grass",
-    "on a wooden table",
-    "on the beach",
-    "in a city",
-    "at night",
-    "at sunset",
-    "on a checkered floor",
-    "on a red carpet",
-)
 FIRST_INDIVIDUAL = TRAINED_SEEDS.start + 100_000  # behind the rivals of `ground_truth`
 CLASS_STREAM = 13  # part of the key of every picture: its pose is of no photo and of no other picture
 
@@ -47,8 +36,9 @@ def write_renders(folder: Path, class_noun: str, count: int) -> list[Path]:
     check_word("--classes", "class", class_noun, TRAINED_CLASSES)
     if count < 1:
         raise UserError("--count", "must be 1 or more", count, "64 are what the lab's recipe draws")
-    named = [PLACES[k % len(PLACES)] for k in range(count)]
-    places = [place or PLACES[1 + k // len(PLACES) % (len(PLACES) - 1)] for k, place in enumerate(named)]
+    captioned = (None, *CLASS_IMAGE_CONTEXTS)  # None: unsaid
+    named = [captioned[k % len(captioned)] for k in range(count)]
+    places = [place or CLASS_IMAGE_CONTEXTS[k // len(captioned) % len(CLASS_IMAGE_CONTEXTS)] for k, place in enumerate(named)]
     subjects = [identity(class_noun, FIRST_INDIVIDUAL + k) for k in range(count)]
     pictures = render_keyed(subjects, places, [(subject.seed, k, CLASS_STREAM) for k, subject in enumerate(subjects)])  # (N, 3, 64, 64)
     files = []

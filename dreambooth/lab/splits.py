@@ -15,6 +15,9 @@ HELD_OUT_CLASSES: tuple[str, ...] = ("chair", "penguin")
 HELD_OUT_CONTEXTS: tuple[str, ...] = ("in the rain", "in a library")
 TRAINED_CLASSES: tuple[str, ...] = tuple(noun for noun in CLASSES if noun not in HELD_OUT_CLASSES)
 TRAINED_CONTEXTS: tuple[str, ...] = tuple(context for context in CONTEXTS if context not in HELD_OUT_CONTEXTS)
+CLASS_IMAGE_CONTEXTS: tuple[str, ...] = (  # of class images in experiments: none of those that the final scores are measured in
+    "on the grass", "on a wooden table", "on the beach", "in a city", "at night", "at sunset", "on a checkered floor", "on a red carpet",
+)  # fmt: skip
 HELD_OUT_SEEDS = range(900, 1000)  # the subjects of the experiments and of the science tests
 TRAINED_SEEDS = range(100_000, 1_000_000)  # far from all that tests and people choose
 FIRST_RENDER_SEED = 1_000_000  # no evaluation shows the poses and places of pretraining
