@@ -155,14 +155,11 @@ def run_reference(run: RunFolder, encoders: LoadedEncoders | None) -> Reference 
     """Returns what a run's images are held against: its photos with their masks, those left out, and those set aside; None without encoders."""
     if encoders is None:
         return None
-    held_out, others, masks = (
-        read_photos(run, "photos/held_out"),
-        read_photos(run, "photos/others"),
-        {path.name: path for path in (run.path / "photos" / "masks").glob("*.png")},
-    )
+    held_out, others = (read_photos(run, f"photos/{part}") for part in ("held_out", "others"))
+    masks = {path.name: path for path in (run.path / "photos" / "masks").glob("*.png")}
     names = [path.name for path in sorted((run.path / "photos").glob("*.png"))]
     known = [np.asarray(Image.open(masks[name]).convert("L"), np.float32) / 255 if name in masks else None for name in names]
-    return reference(read_photos(run), encoders, known if masks else None, held_out if len(held_out) else None, others if len(others) else None)
+    return reference(read_photos(run), encoders, known if masks else None, held_out, others)
 
 
 def final_grid(photos: np.ndarray, items: Sequence[Item], images: dict[str, np.ndarray], steps: dict[str, int], per_prompt: int = 2) -> Image.Image:
@@ -189,10 +186,8 @@ def _draw_arms(
     images: dict[str, np.ndarray] = {}
     steps: dict[str, int] = {}
     for arm in arms:
-        step = 0 if arm == "base" else load_weights(run, arm, base)
-        same = arm == "final" and step == steps.get("best")
-        steps[arm] = step
-        if same:
+        steps[arm] = step = 0 if arm == "base" else load_weights(run, arm, base)
+        if arm == "final" and step == steps.get("best"):
             continue
         kept = find_kept(folder / arm, items, config, _arm_recipe(run, arm, step, device))
         there = f", {kept.there} of {len(items)} there already" if kept.there else ""

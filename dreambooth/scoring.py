@@ -69,10 +69,10 @@ def reference(
     known = foreground(tokens[masked], encoders.patch_shares([masks[k] for k in masked])) if masked else None
     held_out = held_out if held_out is not None and len(held_out) else None
     held_out_identity = encoders.identity(held_out) if held_out is not None else None
-    image, known_identity, known_image = encoders.image(photos), identity, None
+    image = known_image = encoders.image(photos)
+    known_identity = identity
     if others is not None and len(others):
         known_identity, known_image = torch.cat([identity, encoders.identity(others)]), torch.cat([image, encoders.image(others)])
-    known_image = image if known_image is None else known_image
     return Reference(photos, others, masks, held_out, identity, image, known_identity, known_image, held_out_identity, known)
 
 
@@ -175,13 +175,9 @@ def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEnc
     if len(reference.identity) > 1 or reference.held_out_identity is not None:
         found["real_photos"]["memorisation"] = 0.0  # the mark that it is measured from
     texts = encoders.text(list(dict.fromkeys(prompts)))
-    found["copy_baseline"] = real_photos.copy_baseline(reference.identity, reference.image, texts, reference.held_out_identity)
-    found["copy_baseline"] |= {
-        "identity_fidelity": float(cosines.identity_fidelity(reference.identity, reference.known_identity)),
-        "image_fidelity": float(cosines.identity_fidelity(reference.image, reference.known_image)),
-        "diversity": apart,
-        "sharpness": 1.0,
-    }
+    found["copy_baseline"] = real_photos.copy_baseline(
+        reference.identity, reference.image, texts, reference.held_out_identity, reference.known_identity, reference.known_image
+    ) | {"diversity": apart, "sharpness": 1.0}
     return found
 
 

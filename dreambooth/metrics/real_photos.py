@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreambooth.metrics.cosines import cosines_of, mean_of_pairs, unit_rows
+from dreambooth.metrics.cosines import cosines_of, identity_fidelity, mean_of_pairs, unit_rows
 
 
 def real_photo_oracle(subject: Tensor, self_pairs: bool = False) -> Tensor:
@@ -93,8 +93,15 @@ def memorisation(generated: Tensor, subject: Tensor, held_out: Tensor | None = N
     return nearest_photo(generated, subject).cosine - nearest_of_real_photos(subject, held_out)
 
 
-def copy_baseline(identity: Tensor, image: Tensor, prompts: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
-    """Returns the scores of a model that copies: its images for every prompt are the subject's photos.
+def copy_baseline(
+    identity: Tensor,
+    image: Tensor,
+    prompts: Tensor,
+    held_out: Tensor | None = None,
+    known_identity: Tensor | None = None,
+    known_image: Tensor | None = None,
+) -> dict[str, float]:
+    """Returns the scores of a model that copies: its images for every prompt are the photos that it was trained on.
 
     No fidelity should be higher and no alignment lower; a model that comes near it on both has learned the photos, not the subject.
 
@@ -103,17 +110,19 @@ def copy_baseline(identity: Tensor, image: Tensor, prompts: Tensor, held_out: Te
         image: image features of the photos, (M, E).
         prompts: text features of the prompts, (P, E).
         held_out: identity features of photos that were not trained on, (K, D), or None.
+        known_identity: identity features of all photos that fidelity is measured against, (M + O, D); None: the photos alone.
+        known_image: their image features, (M + O, E).
 
     Returns:
-        identity_fidelity and image_fidelity (each copy against all photos, so with itself), prompt_alignment (all pairs of photo and
+        identity_fidelity and image_fidelity (each copy against all these photos, so with itself), prompt_alignment (all pairs of photo and
         prompt) and memorisation, by their keys in METRICS.
 
     Raises:
         ValueError: the shapes do not fit.
     """
     return {
-        "identity_fidelity": float(real_photo_oracle(identity, self_pairs=True)),
-        "image_fidelity": float(real_photo_oracle(image, self_pairs=True)),
+        "identity_fidelity": float(identity_fidelity(identity, identity if known_identity is None else known_identity)),
+        "image_fidelity": float(identity_fidelity(image, image if known_image is None else known_image)),
         "prompt_alignment": float(cosines_of(image, prompts, "image", "prompts").mean()),
         "memorisation": float(memorisation(identity, identity, held_out).mean()),
     }

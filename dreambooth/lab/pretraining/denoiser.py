@@ -170,7 +170,8 @@ class DenoiserJob(Job):
 def watched_gates(unet: nn.Module) -> Iterator[dict[str, list[float]]]:
     """Collects, of each feed-forward layer in each call of the network, the share of hidden numbers that its gates let through.
 
-    Near 0 a layer does nothing, and learns nothing any more: its gradient is gone. It happened to a base whose matrices grew without decay.
+    Near 0 a layer does nothing, and learns nothing any more: its gradient is gone. It happened under Muon, whose steps are full ones of noise
+    where there is no gradient, while no decay held the matrices back.
     """
     shares: dict[str, list[float]] = {}
 
