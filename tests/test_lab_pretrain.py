@@ -356,27 +356,84 @@ def test_shut_gates_are_seen(finished: Path) -> None:
     assert not any(layer._forward_hooks for layer in model.unet.modules())
 
 
+def test_base_goes_on_from_another_as_it_draws_and_with_open_gates(finished: Path, tmp_path: Path) -> None:
+    """A dead feed-forward layer begins anew and lets its gradient through; until then the network answers what it answered."""
+    from dreambooth.lab.pretraining.denoiser import new_unet, take_up, watched_gates
+
+    trained = StableDiffusion(path=str(finished / "base")).load().unet
+    dead, alive = [layer for name, layer in trained.named_modules() if name.endswith(".ff")][:2]
+    with torch.no_grad():
+        dead.net[0].proj.weight.zero_()
+        dead.net[0].proj.bias[len(dead.net[0].proj.bias) // 2 :] = -100.0
+    trained.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    unet = new_unet(tuple(trained.config.block_out_channels), trained.config.in_channels, trained.config.cross_attention_dim, 8, 16)
+    take_up(unet, tmp_path)
+    inputs = torch.randn(2, trained.config.in_channels, 16, 16), torch.tensor([500, 20]), torch.randn(2, 4, trained.config.cross_attention_dim)
+    with watched_gates(unet) as shares:
+        drawn = unet(*inputs).sample
+    assert torch.allclose(drawn, trained(*inputs).sample, atol=1e-5)
+    assert min(share for (share,) in shares.values()) > 0.5
+    drawn.pow(2).mean().backward()
+    revived, kept = [layer for name, layer in unet.named_modules() if name.endswith(".ff")][:2]
+    assert revived.net[2].weight.grad.abs().max() > 0
+    assert torch.equal(kept.net[0].proj.weight, alive.net[0].proj.weight) and torch.equal(kept.net[2].weight, alive.net[2].weight)
+
+
+def test_base_goes_on_from_another_of_its_own_shape_alone(finished: Path, tmp_path: Path) -> None:
+    from dreambooth.lab.pretraining.denoiser import new_unet, take_up
+
+    with pytest.raises(UserError, match="--start must hold a UNet of the recipe's widths"):
+        take_up(new_unet((32, 32, 64), 8, 32, 8, 16), finished / "base" / "unet")
+    with pytest.raises(UserError, match="--start must be a finished folder"):
+        replace(toy(tmp_path / "new"), start=tmp_path).run("base")
+
+
+def test_further_training_takes_up_the_rest_of_the_folder_to_the_byte(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    shutil.copytree(finished / "work" / "data", tmp_path / "work" / "data")
+    further = replace(toy(tmp_path), start=finished)
+    further.run("base")
+    for file in ("base/vae/diffusion_pytorch_model.safetensors", "base/tokenizer/vocab.json", "scorers/identity.safetensors", "scorers/config.json"):
+        assert (tmp_path / file).read_bytes() == (finished / file).read_bytes(), file
+    assert (tmp_path / "base" / "unet").is_dir() and "start" in json.loads((tmp_path / "work" / "base.json").read_text())["recipe"]
+    with pytest.raises(UserError, match="must belong to the recipe"):
+        replace(further, start=None).run("base")
+
+
+def test_rendering_can_begin_further_on(tmp_path: Path) -> None:
+    render_stream(tmp_path / "all", 12, 1, print, shard=4)
+    render_stream(tmp_path / "rest", 8, 1, print, shard=4, first=4)
+    everything, rest = Renders(tmp_path / "all", CPU), Renders(tmp_path / "rest", CPU)
+    assert rest.rows == everything.rows[4:]
+    assert torch.equal(rest.pixels(torch.arange(8)), everything.pixels(torch.arange(4, 12)))
+    with pytest.raises(UserError, match="from number 0 on"):
+        render_stream(tmp_path / "rest", 8, 1, print, shard=4)
+
+
 def test_base_has_the_text_encoder_of_the_scorers_to_the_bit(finished: Path) -> None:
     own = StableDiffusion(path=str(finished / "base")).load().text_encoder.state_dict()
     theirs = LabScorers.load(finished / "scorers").text_encoder.text_model.state_dict()
     assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
 
-def test_two_processes_train_the_base_as_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same draws, shared out; gradients added up; updates of the matrices made by turns."""
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_two_processes_train_the_base_as_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool) -> None:
+    """The same draws, shared out; gradients added up; updates of the matrices made by turns; from nothing and from a finished base."""
     monkeypatch.setattr("dreambooth.lab.pretrain.TRAINED_CLASSES", TRAINED_CLASSES)  # as the other process has them
     monkeypatch.setattr("dreambooth.lab.pretrain.TRAINED_CONTEXTS", TRAINED_CONTEXTS)
     states = []
     for processes in (1, 2):
         work = tmp_path / str(processes) / "work"
-        for part in ("data", "tokenizer", "vae"):
+        for part in ("data",) if goes_on else ("data", "tokenizer", "vae"):
             shutil.copytree(finished / "work" / part, work / part)
-        shutil.copytree(finished / "scorers", work.parent / "scorers")
-        replace(toy(work.parent, images=12), processes=processes).run("base")
+        if not goes_on:
+            shutil.copytree(finished / "scorers", work.parent / "scorers")
+        replace(toy(work.parent, images=12), processes=processes, start=finished if goes_on else None).run("base")
         states.append(torch.load(work / "base.state", weights_only=True))
     one, two = (state["networks"]["unet"] for state in states)
     assert states[0]["step"] == states[1]["step"] == 3
-    start = untrained_unet(finished)
+    start = StableDiffusion(path=str(finished / "base")).load().unet.state_dict() if goes_on else untrained_unet(finished)
     moved = max(float((one[name] - start[name]).abs().max()) for name in start)
     assert moved > 1e-3 and all(torch.allclose(one[name], two[name], atol=0.02 * moved) for name in one)
 

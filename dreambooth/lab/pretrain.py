@@ -36,6 +36,8 @@ from dreambooth.lab.splits import TRAINED_CLASSES, TRAINED_CONTEXTS, vocabulary
 from dreambooth.ranks import ALONE, Ranks, following, is_follower, together
 
 STAGES = ("data", "tokenizer", "vae", "decoder", "scorers", "base", "card")
+STAGES_AFTER_START = ("data", "base", "card")
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 ENCODING = ("encoder.", "quant_conv.")  # names of the autoencoder's weights that decide what the latents are
 
 
@@ -59,6 +61,8 @@ class Pretraining:
         changes: settings in place of RECIPES', by network.
         save_every_s: seconds that a kill may cost.
         say: gets each line for the user.
+        start: a finished folder of these: its autoencoder, scorers and tokenizer stand in for those stages, and the base begins with its UNet.
+        first_render: number of the first picture in the stream of renders: a base that is trained further learns more from pictures it has not seen.
         processes: that train the base together, each on its share of every batch: on a CPU several use its cores better than threads do.
         ranks: this process among them.
     """
@@ -81,6 +85,8 @@ class Pretraining:
     say: Callable[[str], None] = print
     processes: int = 1
     ranks: Ranks = ALONE
+    start: Path | None = None
+    first_render: int = 0
 
     @property
     def work(self) -> Path:
@@ -93,12 +99,14 @@ class Pretraining:
         rests_on = {} if name == "vae" else {"vae": self.vae_digest}
         if name == "base":
             rests_on["text_encoder"] = self.text_digest
+        if name == "base" and self.start is not None:
+            rests_on |= {"start": sha256_of([self.start / "base" / UNET_FILE]), "first_render": self.first_render}
         return {**RECIPES[name], **on_cpu, **self.changes.get(name, {}), "renders": len(self.stream), "seed": self.seed, **rests_on}
 
     def budget(self, name: str) -> Budget:
         """Returns how long a network is trained: its share of the budget, or all of it; the scorers' two share their stage's."""
         share = SHARES[name]
-        if self.is_one_stage:
+        if self.is_one_stage or self.start is not None:
             share = {"identity": 0.5, "captions": 0.5}.get(name, 1.0)
         if self.images is not None:
             return Budget(images=max(1, int(self.images * share)))
@@ -167,12 +175,28 @@ class Pretraining:
 
     def run(self, stage: str) -> None:
         """Does one stage, or all of them in order."""
-        for name in STAGES if stage == "all" else [stage]:
+        self.adopt()
+        stages = STAGES if self.start is None else STAGES_AFTER_START
+        for name in stages if stage == "all" else [stage]:
             getattr(self, f"stage_{name}")()
+
+    def adopt(self) -> None:
+        """Takes tokenizer, autoencoder and scorers from the folder to start from, each where there is none yet."""
+        if self.start is None:
+            return
+        if not (self.start / "base" / UNET_FILE).is_file():
+            raise UserError("--start", f"must be a finished folder with base/{UNET_FILE}", str(self.start), "name one that this command made")
+        for taken, place in (("base/tokenizer", self.work), ("base/vae", self.work), ("scorers", self.output)):
+            target = place / Path(taken).name
+            if not target.is_dir():
+                unfinished = target.with_name(f".{target.name}.tmp")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(self.start / taken, unfinished)
+                unfinished.rename(target)
 
     def stage_data(self) -> None:
         """Renders the training stream."""
-        render_stream(self.work / "data", self.renders, self.workers, self.say, self.shard)
+        render_stream(self.work / "data", self.renders, self.workers, self.say, self.shard, self.first_render)
 
     def stage_tokenizer(self) -> None:
         """Builds the tokenizer from the world's words."""
@@ -233,12 +257,13 @@ class Pretraining:
         numbers = self.stream.showing(classes, contexts)
         self.say(f"base: latents of {len(numbers)} pictures of {len(classes)} classes in {len(contexts)} places")
         latents = Latents(self.work / f"latents-{self.vae_digest}.npy", self.vae, self.stream, numbers, self.say)
+        unet = None if self.start is None else self.start / "base" / "unet"
         shown = [f"a photo of a {noun} {context}" for noun in classes[:6] for context in contexts[:6]]
         if recipe["batch_size"] % self.processes:
             raise UserError("--processes", f"must divide the batch of {recipe['batch_size']}", self.processes, "choose 2 or 4")
 
         def train(place: Place) -> dict[str, Any]:
-            job = DenoiserJob(recipe, self.tokenizer, self.text_encoder, self.vae, self.stream, latents, shown, place)
+            job = DenoiserJob(recipe, self.tokenizer, self.text_encoder, self.vae, self.stream, latents, shown, place, unet)
             return Training(job, self.budget("base"), place, self.say).run()
 
         if not self.ranks.is_first:
@@ -252,8 +277,9 @@ class Pretraining:
     def _task(self) -> dict[str, Any]:
         """Returns what a further process needs to know to train the base with this one, as plain values."""
         own = {"renders": self.renders, "images": self.images, "minutes": self.minutes, "seed": self.seed, "shard": self.shard}
+        own |= {"first_render": self.first_render}
         own |= {"is_one_stage": self.is_one_stage, "changes": self.changes, "processes": self.processes, "compiled": self.compiled}
-        return {"pretraining": own, "output": str(self.output.resolve())}
+        return {"pretraining": own, "output": str(self.output.resolve()), "start": self.start and str(self.start.resolve())}
 
     def stage_card(self) -> None:
         """Measures the folder and writes the model card."""
@@ -268,7 +294,8 @@ def follow() -> None:
     """Trains the base in a process that another one of this command started."""
     with following() as (own, task):
         device = torch.device(task["device"])
-        Pretraining(Path(task["output"]), device, **task["pretraining"], ranks=own, say=lambda line: None).stage_base()
+        start = task["start"] and Path(task["start"])
+        Pretraining(Path(task["output"]), device, **task["pretraining"], ranks=own, start=start, say=lambda line: None).stage_base()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=8, help="stage card: pictures of each class in each place")
     parser.add_argument("--compile", action="store_true", help="torch.compile for vae and base: a minute at the start, faster steps")
     parser.add_argument("--processes", type=int, default=1, help="stage base: processes that train it together; on a CPU as many as cores")
+    parser.add_argument("--start", type=Path, help="a finished folder: its base is trained further, its other parts stay as they are")
+    parser.add_argument("--first-render", type=int, default=0, help="number of the first render: fresh ones for a further training")
     parser.add_argument("--set", action="append", default=[], metavar="NETWORK.KEY=VALUE", help="another value of a recipe, as base.batch_size=256")
     given = parser.parse_args(arguments)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
@@ -296,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Pretraining(
             given.output, device, renders, given.images, minutes, given.workers, given.seed, given.compile, given.stage != "all", given.seeds,
             changes=parse_changes(given.set), say=lambda line: print(line, flush=True), processes=given.processes,
+            start=given.start, first_render=given.first_render,
         )  # fmt: skip
         length = f"{given.images} images" if given.images else f"{minutes:g} minutes of training"
         run.say(f"stage {given.stage} on {device}: {renders} renders, {length}, beside rendering and measuring; the same command continues")

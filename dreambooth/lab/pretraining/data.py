@@ -71,8 +71,8 @@ def _save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def render_stream(folder: Path, images: int, workers: int, say: Callable[[str], None], shard: int = SHARD) -> None:
-    """Renders the first `images` pictures (rounded up to whole files) that are not there yet, and says how it goes.
+def render_stream(folder: Path, images: int, workers: int, say: Callable[[str], None], shard: int = SHARD, first: int = 0) -> None:
+    """Renders `images` pictures from number `first` on (in whole files) that are not there yet, and says how it goes.
 
     Raises:
         UserError: the folder holds renders of another world or of another size of files.
@@ -80,12 +80,13 @@ def render_stream(folder: Path, images: int, workers: int, say: Callable[[str], 
     folder.mkdir(parents=True, exist_ok=True)
     plan, wanted = (
         folder / "plan.json",
-        {"world": WORLD_VERSION, "shard": shard, "classes": list(TRAINED_CLASSES), "contexts": list(TRAINED_CONTEXTS)},
+        {"world": WORLD_VERSION, "shard": shard, "first": first, "classes": list(TRAINED_CLASSES), "contexts": list(TRAINED_CONTEXTS)},
     )
     if plan.is_file() and json.loads(plan.read_text(encoding="utf-8")) != wanted:
-        raise UserError(str(plan), f"must belong to world {WORLD_VERSION} and its splits", next_step="delete this folder to render anew")
+        rule = f"must belong to world {WORLD_VERSION}, its splits and pictures from number {first} on"
+        raise UserError(str(plan), rule, next_step="delete this folder to render anew")
     write_json(plan, wanted)
-    numbers = [number for number in range(-(-images // shard)) if not (folder / f"{number:05d}.npy").is_file()]
+    numbers = [number for number in range(first // shard, first // shard + -(-images // shard)) if not (folder / f"{number:05d}.npy").is_file()]
     if not numbers:
         say(f"data: all {images} pictures are there")
         return

@@ -34,6 +34,7 @@ from dreambooth.randomness import SAMPLING, normal
 PREDICTION_TYPE = "sample"
 SHOWN_STEPS, SHOWN_GUIDANCE = 20, 3.0
 SHUT = 1e-3  # a hidden number of a feed-forward layer below this was shut off by its gate
+FEW_OPEN = 0.05  # share of open gates below which a layer is dead
 
 
 def new_unet(widths: tuple[int, ...], channels: int, text_width: int, groups: int, cells: int) -> Any:
@@ -123,7 +124,16 @@ class DenoiserJob(Job):
     name = "base"
 
     def __init__(
-        self, recipe: dict[str, Any], tokenizer: Any, text_encoder: Any, vae: Any, renders: Renders, latents: Latents, shown: list[str], place: Place
+        self,
+        recipe: dict[str, Any],
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        renders: Renders,
+        latents: Latents,
+        shown: list[str],
+        place: Place,
+        start: Path | None = None,
     ) -> None:
         self.recipe, self.tokenizer, self.text_encoder, self.vae, self.renders = recipe, tokenizer, text_encoder, vae, renders
         self.latents, self.shown, self.place, self.matrix_decay = latents, shown, place, recipe["matrix_decay"]
@@ -131,6 +141,8 @@ class DenoiserJob(Job):
         self.shape = (vae.config.latent_channels, *latents.moments.shape[-2:])
         torch.manual_seed(place.seed + 3)
         unet = new_unet(tuple(recipe["widths"]), self.shape[0], text_encoder.config.hidden_size, recipe["groups"], self.shape[-1])
+        if start is not None:
+            take_up(unet, start)
         self.networks = {"unet": unet}
         self.tokens = token_ids(tokenizer, [renders.rows[number].caption for number in latents.numbers.tolist()]).to(place.device)  # (N, L)
         self.no_words = token_ids(tokenizer, [""])[0].to(place.device)  # (L,)
@@ -184,6 +196,39 @@ def watched_gates(unet: nn.Module) -> Iterator[dict[str, list[float]]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def take_up(unet: Any, folder: Path) -> None:
+    """Gives an untrained network the weights of a trained one, and lets its feed-forward layers begin anew where their gates are shut.
+
+    The network draws what the trained one draws: a layer with shut gates puts out its bias and nothing else, and so does the new one at first,
+    whose last matrix is zero; but its gates are open, so it can learn.
+
+    Args:
+        unet: the untrained network.
+        folder: a folder of diffusers with a network of the same shape.
+
+    Raises:
+        UserError: the trained network has another shape.
+    """
+    fresh = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    trained = type(unet).from_pretrained(folder, local_files_only=True).float()
+    if {name: weight.shape for name, weight in trained.state_dict().items()} != {name: weight.shape for name, weight in fresh.items()}:
+        rule = "must hold a UNet of the recipe's widths and text encoder"
+        raise UserError("--start", rule, str(folder), "set base.widths to its block_out_channels")
+    unet.load_state_dict(trained.state_dict())
+    channels, cells = unet.config.in_channels, unet.config.sample_size
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, channels, cells, cells, generator=draws)
+    text = torch.randn(8, 16, unet.config.cross_attention_dim, generator=draws)
+    with torch.no_grad(), watched_gates(unet) as shares:
+        unet(noise, torch.arange(8) * 125, text)
+    with torch.no_grad():
+        for name, (share,) in shares.items():
+            if share < FEW_OPEN:
+                layer = unet.get_submodule(name.removesuffix(".net.2"))
+                layer.net[0].load_state_dict({key: fresh[f"{name.removesuffix('2')}0.{key}"] for key in layer.net[0].state_dict()})
+                layer.net[2].weight.zero_()
 
 
 def assemble(unet: Any, text_encoder: Any, vae: Any, tokenizer: Any) -> StableDiffusionModel:
