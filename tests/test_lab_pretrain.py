@@ -397,6 +397,7 @@ def test_further_training_takes_up_the_rest_of_the_folder_to_the_byte(finished: 
     for file in ("base/vae/diffusion_pytorch_model.safetensors", "base/tokenizer/vocab.json", "scorers/identity.safetensors", "scorers/config.json"):
         assert (tmp_path / file).read_bytes() == (finished / file).read_bytes(), file
     assert (tmp_path / "base" / "unet").is_dir() and "start" in json.loads((tmp_path / "work" / "base.json").read_text())["recipe"]
+    assert card.read_stages(tmp_path)["base 1"] == card.read_stages(finished)["base"]  # what it began from stays known
     with pytest.raises(UserError, match="must belong to the recipe"):
         replace(further, start=None).run("base")
 

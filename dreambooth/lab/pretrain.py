@@ -181,7 +181,9 @@ class Pretraining:
             getattr(self, f"stage_{name}")()
 
     def adopt(self) -> None:
-        """Takes tokenizer, autoencoder and scorers from the folder to start from, each where there is none yet."""
+        """Takes tokenizer, autoencoder and scorers from the folder to start from, each where there is none yet, and how they were trained."""
+        from dreambooth.lab.pretraining.card import adopt_stages
+
         if self.start is None:
             return
         if not (self.start / "base" / UNET_FILE).is_file():
@@ -193,6 +195,7 @@ class Pretraining:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 shutil.copytree(self.start / taken, unfinished)
                 unfinished.rename(target)
+        adopt_stages(self.output, self.start)
 
     def stage_data(self) -> None:
         """Renders the training stream."""

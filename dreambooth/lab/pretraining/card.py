@@ -18,6 +18,7 @@ from dreambooth.lab.splits import RARE_TOKENS, TRAINED_CLASSES, TRAINED_CONTEXTS
 from dreambooth.lab.world import WORLD_VERSION
 from dreambooth.statistics.intervals import Interval, describe
 
+STAGES_FILE = "training.json"  # beside the card: how each network was trained
 LIMIT_BYTES = 40_000_000  # of all weights: they are in the history of the repository for ever
 
 
@@ -66,6 +67,20 @@ def weights_files(output: Path) -> list[Path]:
     return sorted(file for part in ("base", "scorers") for file in (output / part).rglob("*.safetensors"))
 
 
+def read_stages(folder: Path) -> dict[str, Any]:
+    """Returns how each network of a folder was trained, by name; empty where that is not known."""
+    file = folder / STAGES_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def adopt_stages(output: Path, start: Path) -> None:
+    """Takes over how the networks of another folder were trained, unless that was done; its base becomes an earlier one: base 1, base 2, ..."""
+    stages = read_stages(start)
+    if stages and not (output / STAGES_FILE).is_file():
+        earlier = sum(name.startswith("base ") for name in stages)
+        write_json(output / STAGES_FILE, {f"base {earlier + 1}" if name == "base" else name: stage for name, stage in stages.items()})
+
+
 def write_card(output: Path, work: Path, quality: dict[str, Any] | None, titles: dict[str, str]) -> Path:
     """Writes README.md: what the weights are, how they were made, and what was measured; returns its path.
 
@@ -76,7 +91,8 @@ def write_card(output: Path, work: Path, quality: dict[str, Any] | None, titles:
         titles: of its figures.
     """
     size, mark = check_size(output), json.loads((output / "base" / "lab.json").read_text(encoding="utf-8"))
-    stages = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(work.glob("*.json"))}
+    stages = read_stages(output) | {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(work.glob("*.json"))}
+    write_json(output / STAGES_FILE, stages)
     others = [word for word in (*TRAINED_CLASSES, *TRAINED_CONTEXTS) if word not in (*mark["classes"], *mark["contexts"])]
     lines = [
         "# The lab's weights",
@@ -95,7 +111,7 @@ def write_card(output: Path, work: Path, quality: dict[str, Any] | None, titles:
         "| network | images seen | steps | seconds | device | settings | last quick figures |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, stage in stages.items():
+    for name, stage in sorted(stages.items()):
         settings = ", ".join(f"{key} {value}" for key, value in stage["recipe"].items())
         figures = ", ".join(f"{key} {value:.3f}" for key, value in stage["figures"].items())
         unfinished = "" if stage["steps"] == stage["planned_steps"] else " (not finished)"
