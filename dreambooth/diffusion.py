@@ -158,7 +158,7 @@ def huber_delta(t: Tensor, alphas_cumprod: Tensor, delta: float, schedule: str) 
         return delta ** (t.float() / len(alphas_cumprod))
     if schedule == "snr":
         return (1.0 - delta) / (1.0 + signal_to_noise(t, alphas_cumprod).rsqrt()).square() + delta
-    return torch.full(t.shape, float(delta), device=t.device)
+    return torch.full(t.shape, float(delta), device=t.device, dtype=torch.float32)
 
 
 def mask_weight(mask: Tensor, size: tuple[int, int], background: float) -> Tensor:

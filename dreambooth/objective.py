@@ -162,7 +162,7 @@ class Objective:
             return min_snr_weight(t, alphas_cumprod, self.snr_gamma, measured)
         if self.weighting == "capped_velocity":
             return capped_velocity_weight(t, alphas_cumprod, self.snr_gamma, measured)
-        return torch.ones(len(t), device=t.device)
+        return torch.ones(len(t), device=t.device, dtype=torch.float32)
 
     def describe(self, base: BaseModel) -> str:
         """Returns what is trained, in one line for people."""

@@ -23,7 +23,7 @@ def generator(*key: int) -> torch.Generator:
 
 def normal(shape: tuple[int, ...], *key: int) -> Tensor:
     """Returns standard normal numbers of the given shape (float32, CPU) for one key."""
-    return torch.randn(shape, generator=generator(*key))
+    return torch.randn(shape, generator=generator(*key), dtype=torch.float32)  # whatever torch's default is: bf16-true changes it in a step
 
 
 def normals(shape: tuple[int, ...], stream: int, keys: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def integer(high: int, *key: int) -> int:
 
 def uniform(*key: int) -> float:
     """Returns one number in [0, 1) for one key."""
-    return float(torch.rand((), generator=generator(*key)))
+    return float(torch.rand((), generator=generator(*key), dtype=torch.float32))
 
 
 def permutation(length: int, *key: int) -> list[int]:

@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train as script
+from dreambooth import preflight
 from dreambooth.callbacks import ContinueState
 from dreambooth.config import Config
+from dreambooth.memory import Memory
 from dreambooth.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,14 @@ SMALL = (  # as few images as an evaluation can have
     "trainer.accelerator=cpu",
     "trainer.progress_bar=false",
     "wandb.mode=disabled",
+)
+
+LEAST = (  # still fewer and smaller: for runs whose pictures nobody looks at
+    "evaluation.selection_prompts=['a photo of a {subject}']",
+    "evaluation.final_prompts=['a {subject} in the snow']",
+    "evaluation.final_images=1",
+    "sampling.steps=1",
+    "data.resolution=32",
 )
 
 
@@ -55,6 +65,11 @@ def run(*overrides: str) -> RunFolder:
 def typed(*words: str, script: str = "train.py", timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs a script as a user types it."""
     return subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+
+
+def no_estimate(patch: pytest.MonkeyPatch) -> None:
+    """Spares runs the estimate of their memory, which takes seconds for every new method and precision."""
+    patch.setattr(preflight, "estimate", lambda config, base, device: Memory(0, 0, 0, 0, 0, 0, 0))
 
 
 class Cut(Exception):

@@ -3,146 +3,27 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from PIL import Image
+from method_cases import BOUNDARY, CASES, NEW_WORD, PRIORS, STEPS, Fitted, attached, fit, moved, output, settings, snapshot
 from torch import Tensor
 
 import train as script
-from dreambooth.adapters.methods import let_learn, load_trainable_state, trainable_state
+from dreambooth.adapters.methods import load_trainable_state, trainable_state
 from dreambooth.base.stable_diffusion import StableDiffusionModel
 from dreambooth.config import Config
-from dreambooth.data import DreamBoothData, ImageSet
 from dreambooth.module import DreamBoothModule
 
-STEPS, BOUNDARY = 4, 2  # of a run; where the text encoder stops, or the inversion ends
-UNET = r"^unet\."
-TEXT = r"^text_encoder\.(?!.*token_embedding)"
-ROWS = r"^text_encoder\..*token_embedding\.rows$"
-LORA = r"\.lora_(A|B|magnitude_vector)\.default\.weight$"
-KV = r"^unet\..*\.attn2\.to_(k|v)\.weight$"
-
-
-class Case(NamedTuple):
-    """A method with its settings, and by what names its parameters are known: an independent statement of what it trains."""
-
-    settings: dict[str, object]
-    declares: str  # a pattern that finds the names of all that learns, and no other
-    is_additive: bool = False
-
-
-CASES = {
-    "full": Case({"name": "full", "train_text_encoder": False, "train_token": False}, UNET),
-    "full with text encoder until a step": Case(
-        {"name": "full", "train_text_encoder": True, "train_token": True, "text_encoder_stop_step": BOUNDARY}, f"{UNET}|{TEXT}|{ROWS}"
-    ),
-    "lora": Case(
-        {"name": "lora", "rank": 2, "alpha": 3.0, "train_text_encoder": False, "train_token": False, "dropout": 0.2}, f"^unet.*{LORA}", True
-    ),
-    "lora with text encoder until a step": Case(
-        {"name": "lora", "rank": 2, "train_text_encoder": True, "train_token": True, "text_encoder_stop_step": BOUNDARY}, f"{LORA}|{ROWS}", True
-    ),
-    "dora": Case({"name": "lora", "rank": 2, "use_dora": True, "train_text_encoder": True, "train_token": False, "init": "kaiming"}, LORA, True),
-    "lora of convolutions": Case(
-        {"name": "lora", "rank": 2, "target_modules": ["conv1", "proj_in", "to_q"], "train_text_encoder": False, "train_token": False}, LORA, True
-    ),
-    "keys and values": Case({"name": "cross_attention_kv"}, f"{KV}|{ROWS}"),
-    "textual inversion of the own row": Case({"name": "textual_inversion"}, ROWS, True),
-    "textual inversion of three vectors": Case({"name": "textual_inversion", "num_vectors": 3}, ROWS, True),
-    "pivotal tuning, then lora": Case(
-        {"name": "pivotal_tuning", "inversion_steps": BOUNDARY, "lora": {"rank": 2, "train_text_encoder": True}}, f"{LORA}|{ROWS}", True
-    ),
-    "pivotal tuning, then full": Case({"name": "pivotal_tuning", "inversion_steps": BOUNDARY, "then": "full"}, f"{UNET}|{ROWS}"),
-}
-NEW_WORD = {"textual inversion of the own row", "textual inversion of three vectors", "pivotal tuning, then lora", "pivotal tuning, then full"}
-PRIORS = {"class images": {}, "no prior": {"prior.name": "none"}, "self-distilled": {"prior.name": "self_distilled"}}
 every_case = pytest.mark.parametrize("name", CASES)
-T = torch.tensor([10, 700])
 
 
 @pytest.fixture
 def configured(make_config: Callable[..., Config]) -> Callable[..., Config]:
     """Gives `configured("lora", {...})`: a run of a case in which all that could remember something is on."""
-
-    def make(name: str, changes: dict[str, object] | None = None) -> Config:
-        method = {f"method.{key}": value for key, value in CASES[name].settings.items()}
-        hard = {
-            "trainer.max_steps": STEPS,
-            "trainer.eval_every": STEPS,
-            "trainer.accelerator": "cpu",
-            "trainer.ema_decay": 0.6,
-            "data.crop": "random",
-            "data.flip": True,
-            "data.batch_size": 2,
-            "prior.batch_size": 1,
-            "optim.schedule": "cosine",
-            "optim.warmup_steps": 1,
-            "optim.weight_decay": 0.1,
-            **{f"optim.{part}learning_rate": 1e-2 for part in ("", "text_encoder_", "token_")},
-        }
-        return make_config(hard | method | (changes or {}))
-
-    return make
-
-
-def attached(config: Config) -> tuple[StableDiffusionModel, list]:
-    base = config.base.load()
-    return base, config.method.attach(base, config.subject.identifier, config.subject.class_noun, config.seed)
-
-
-def images(count: int, seed: int) -> list[Image.Image]:
-    numbers = np.random.default_rng(seed).integers(0, 256, (count, 80, 96, 3), dtype=np.uint8)
-    return [Image.fromarray(image) for image in numbers]
-
-
-class Fitted(NamedTuple):
-    module: DreamBoothModule
-    optimizer: torch.optim.Optimizer
-    losses: list[float]
-
-
-class Watch(pl.Callback):
-    """Notes the losses and writes the state after each step."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder, self.losses = folder, []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: DreamBoothModule, outputs: dict, *args: object) -> None:
-        self.losses.append(float(outputs["loss"]))
-        if self.folder is not None:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
-def fit(config: Config, folder: Path | None = None, state: Path | None = None) -> Fitted:
-    """Trains as train.py does, without evaluation."""
-    base, groups = attached(config)
-    prior = None
-    if config.prior.name != "none":
-        prior = ImageSet(images(3, 1), ["a photo of a dog"] * 3)
-    data = DreamBoothData(config, ImageSet(images(3, 0), ["a photo of a sks dog"] * 3), prior)
-    module, watch = DreamBoothModule(config, base, groups), Watch(folder)
-    trainer = script.make_trainer(config, [], [watch])
-    trainer.fit(module, data, ckpt_path=state, weights_only=True)
-    return Fitted(module, trainer.optimizers[0], watch.losses)
-
-
-@torch.no_grad()
-def output(base: StableDiffusionModel, words: str = "sks dog") -> Tensor:
-    base.eval()
-    noisy = torch.randn(2, base.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    return base.predict(noisy, T, base.encode_prompts([f"a photo of a {words}", "a photo of a dog"]))
-
-
-def snapshot(base: StableDiffusionModel) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in base.named_parameters()}
-
-
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    return lambda name, changes=None: make_config(settings(name) | (changes or {}))
 
 
 def move_a_little(base: StableDiffusionModel) -> None:
@@ -226,19 +107,28 @@ def test_method_that_changes_the_base_itself_cannot_be_taken_off(configured, nam
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Fitted, Path]]:
-    """Uninterrupted runs by case, with the states they wrote after each step."""
-    return {}
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Fitted, Path]]:
+    """Gives `straight(config, name, prior)`: the uninterrupted run of a case, done once, and where it wrote its state after each step."""
+    done: dict[tuple[str, str], tuple[Fitted, Path]] = {}
+
+    def run(config: Config, name: str, prior: str) -> tuple[Fitted, Path]:
+        if (name, prior) not in done:
+            folder = tmp_path_factory.mktemp("states")
+            done[name, prior] = fit(config, folder), folder
+        return done[name, prior]
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("name", "cut"), [(name, BOUNDARY) for name in CASES] + [(name, cut) for name in CASES if "until" in name or "pivotal" in name for cut in (1, 3)]
+    ("name", "prior", "cut"),
+    [(name, prior, BOUNDARY) for name in CASES for prior in ("class images", "self-distilled")]
+    + [(name, "class images", cut) for name in CASES if "until" in name or "pivotal" in name for cut in (1, 3)],
 )
-def test_method_continued_at_a_step_equals_a_straight_run_bit_for_bit(configured, straight, tmp_path: Path, name: str, cut: int) -> None:
-    if name not in straight:
-        straight[name] = fit(configured(name), tmp_path), tmp_path
-    whole, folder = straight[name]
-    rest = fit(configured(name), state=folder / f"{cut}.ckpt")
+def test_method_continued_at_a_step_equals_a_straight_run_bit_for_bit(configured, straight, name: str, prior: str, cut: int) -> None:
+    """With random crops, flips, buckets, dropout, a schedule and EMA on."""
+    whole, folder = straight(configured(name, PRIORS[prior]), name, prior)
+    rest = fit(configured(name, PRIORS[prior]), state=folder / f"{cut}.ckpt")
     assert rest.losses == whole.losses[cut:]
     assert moved(snapshot(whole.module.base), snapshot(rest.module.base)) == set()
     for ours, theirs in zip(rest.module.averaged.ema.shadow_params, whole.module.averaged.ema.shadow_params, strict=True):
@@ -304,79 +194,3 @@ def test_stopped_text_encoder_adds_nothing_to_the_gradient_norm(configured, monk
     monkeypatch.setattr(script, "make_trainer", lambda config, loggers, callbacks: make(config, loggers, [*callbacks, Grads()]))
     fit(configured("full with text encoder until a step"))
     assert seen == [{"unet", "text_encoder"}] * BOUNDARY + [{"unet"}] * (STEPS - BOUNDARY)
-
-
-OBJECTIVES: dict[str, dict[str, object]] = {  # on a base that predicts the noise, but for the last
-    "epsilon": {"objective.name": "epsilon"},
-    "velocity": {"objective.name": "velocity"},
-    "sample": {"objective.name": "sample"},
-    "all that an objective can do": {
-        "objective.name": "velocity",
-        "objective.weighting": "min_snr",
-        "objective.noise_offset": 0.1,
-        "objective.input_perturbation": 0.1,
-        "objective.huber_delta": 0.1,
-        "objective.min_timestep": 100,
-        "objective.max_timestep": 900,
-    },
-    "zero terminal SNR": {"objective.zero_terminal_snr": True, "objective.weighting": "capped_velocity"},
-}
-LAB_CASES = ("full", "lora", "keys and values", "textual inversion of three vectors", "pivotal tuning, then lora")
-
-
-def two_steps(config: Config, base: StableDiffusionModel, groups: list) -> list[float]:
-    """Takes the first step of a run and the one at the boundary, without Lightning; returns their losses."""
-    side = config.data.resolution
-    pictures = [image.resize((side, side)) for image in images(6, 0)]
-    prior = ImageSet(pictures[3:], ["a photo of a dog"] * 3) if config.prior.class_samples else None
-    data, module = DreamBoothData(config, ImageSet(pictures[:3], ["a photo of a sks dog"] * 3), prior), DreamBoothModule(config, base, groups)
-    module.log_dict = lambda *args, **kwargs: None  # there is no trainer to log to
-    optimizer, losses = config.optim.build(groups), []
-    for step, batch in enumerate(data.train_dataloader()):
-        if step in (0, BOUNDARY):
-            let_learn(groups, step)
-            optimizer.zero_grad()
-            loss = module.training_step(batch, step)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-    return losses
-
-
-def keeps_the_contract(config: Config, case: Case, is_new_word: bool) -> None:
-    """Attached it changes nothing; two steps move what it declares and nothing else; its file is all of it; merged it is the same model."""
-    plain, (base, groups), (other, _) = config.base.load(), attached(config), attached(config)
-    for each in (plain, base, other):
-        config.objective.prepare(each)
-    words = f"{config.subject.class_noun} " * getattr(config.method, "num_vectors", 1) + "dog" if is_new_word else "sks dog"
-    assert torch.allclose(output(base), output(plain, words), atol=1e-6, rtol=0)
-    before = snapshot(base)
-    losses = two_steps(config, base, groups)
-    assert len(losses) == 2 and np.isfinite(losses).all()
-    assert moved(before, snapshot(base)) == {key for key in before if re.search(case.declares, key)}
-    load_trainable_state(other, trainable_state(base), "best.safetensors")
-    learned = output(base)
-    assert torch.equal(output(other), learned) and not torch.equal(learned, output(plain))
-    config.method.merge(base)
-    torch.testing.assert_close(output(base), learned, atol=2e-5, rtol=1e-5)
-    assert base.state_dict().keys() == plain.state_dict().keys()
-
-
-@pytest.mark.parametrize("prior", ["class images", "no prior"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@every_case
-def test_method_keeps_its_contract_with_every_objective_and_prior(configured, tiny_folder, name: str, objective: str, prior: str) -> None:
-    base = {"base.path": str(tiny_folder(prediction_type="v_prediction"))} if "zero" in objective else {}
-    rates = {f"optim.{part}learning_rate": 1e-3 for part in ("", "text_encoder_", "token_")}
-    config = configured(name, OBJECTIVES[objective] | PRIORS[prior] | base | rates | {"data.batch_size": 1})
-    keeps_the_contract(config, CASES[name], name in NEW_WORD)
-
-
-@pytest.mark.parametrize("name", LAB_CASES)
-def test_method_keeps_its_contract_on_the_lab(configured, name: str) -> None:
-    rates = {f"optim.{part}learning_rate": 1e-4 for part in ("", "text_encoder_", "token_")}
-    keeps_the_contract(
-        configured(name, {"base.path": "lab", "data.subject_dir": None, "subject.class_noun": "robot", "data.batch_size": 1} | rates),
-        CASES[name],
-        name in NEW_WORD,
-    )

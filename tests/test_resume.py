@@ -9,37 +9,58 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import ROOT, SMALL, Cut, cut, make_photos, run, typed, weights
+from small_runs import LEAST, ROOT, SMALL, Cut, cut, make_photos, no_estimate, run, typed, weights
 
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.runs import RunFolder, read_run
 
 STEPS = 7
-HARD = (  # all that could remember something: accumulation, random crops, flips, a schedule, evaluation in between
+HARD = (  # all that could remember something: accumulation, random crops, flips, buckets, a schedule, a moving average, evaluation in between
     f"trainer.max_steps={STEPS}",
     "trainer.eval_every=3",
     "trainer.checkpoint_every=2",
     "trainer.accumulate_grad_batches=2",
+    "trainer.ema_decay=0.6",
     "data.crop=random",
     "data.flip=true",
+    "data.buckets=true",
     "data.batch_size=2",
     "prior.batch_size=1",
     "optim.schedule=cosine",
     "optim.warmup_steps=2",
     "optim.learning_rate=1e-3",
-    "method.train_text_encoder=true",
-    "method.train_token=true",
     "subject.class_noun=dog",
+)
+FULL = ("method.train_text_encoder=true", "method.train_token=true")
+METHODS = {
+    "full": ("method.text_encoder_stop_step=2", *FULL),
+    "lora": ("method.dropout=0.3", "method.text_encoder_stop_step=2", *FULL),
+    "cross_attention_kv": (),
+    "textual_inversion": ("method.num_vectors=2",),
+    "pivotal_tuning": ("method.inversion_steps=2",),
+}
+SHORT = (
+    "prior=self_distilled",
+    "trainer.max_steps=4",
+    "trainer.eval_every=2",
+    "trainer.accumulate_grad_batches=1",
+    "optim.token_learning_rate=1e-2",
+    *LEAST,
 )
 
 
 def _words(base: Path, photos: Path, output: Path) -> list[str]:
-    return [*HARD, f"base.path={base}", f"data.subject_dir={photos}", f"output_dir={output}"]
+    return [*HARD, *FULL, *_places(base, photos, output)]
+
+
+def _places(base: Path, photos: Path, output: Path) -> list[str]:
+    return [f"base.path={base}", f"data.subject_dir={photos}", f"output_dir={output}"]
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos") / "dog")
+    folder = make_photos(tmp_path_factory.mktemp("photos") / "dog")
+    return make_photos(folder, count=2, size=(64, 96), seed=1)  # in place of the first two: there are two buckets
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +85,21 @@ def test_run_cut_at_any_step_and_continued_equals_a_straight_one_bit_for_bit(str
     continued = run(*words)
     assert continued.path == failed and continued.status == "done" and continued.record["resumed"] == 1
     _assert_equal(continued, straight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_of_every_method_with_the_self_distilled_prior_continued_equals_a_straight_one_bit_for_bit(
+    tiny_folder, photos, tmp_path, monkeypatch, method: str
+) -> None:
+    """The straight run is evaluated between its two halves; the continued one starts its second half from the state alone."""
+    no_estimate(monkeypatch)
+    words = [*HARD, f"method={method}", *METHODS[method], *SHORT]
+    whole = run(*words, *_places(tiny_folder(), photos, tmp_path / "straight"))
+    with cut(3):
+        run(*words, *_places(tiny_folder(), photos, tmp_path / "cut"))
+    continued = run(*words, *_places(tiny_folder(), photos, tmp_path / "cut"))
+    assert continued.record["resumed"] == 1
+    _assert_equal(continued, whole)
 
 
 def test_run_cut_between_its_state_and_the_losses_of_that_step_equals_a_straight_one_bit_for_bit(straight, tiny_folder, photos, tmp_path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,13 @@ class BaseModel(nn.Module, ABC):
         alphas_cumprod = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.float()  # (T,)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.requires_grad_(False).eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BaseModel":
+        """Moves or converts the networks, as `to` asks; the schedule moves along but stays float32: in bfloat16 its first steps have no noise."""
+        schedule = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        self.alphas_cumprod = schedule.to(self.alphas_cumprod.device)
+        return self
 
     @property
     def device(self) -> torch.device:
