@@ -24,9 +24,11 @@ from dreambooth.grids import image_grid
 from dreambooth.lab_truth import lab_truth
 from dreambooth.metrics.table import METRICS, PAIRWISE, MetricInfo
 from dreambooth.ranks import Ranks
+from dreambooth.reference_rows import reference_rows
 from dreambooth.runs import RunFolder, load, load_weights
-from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, references, score
+from dreambooth.scoring import Reference, Scores, pair_mean_pseudovalues, reference, score
 from dreambooth.statistics.intervals import Interval, paired_difference
+from dreambooth.worked_out import shared_folder
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]  # (total, label) -> a context that gives "n more are done"
 ARMS = ("base", "best", "final")  # un-tuned base, chosen step, last step; in the order in which they are drawn
@@ -69,7 +71,8 @@ def evaluate_run(
     items = final_plan(config)
     folder = run.path / "samples" / f"final{suffix if pictures is None else pictures}"
     images, steps = _draw_arms(run, config, items, [arm for arm in ARMS if arm in arms or arm == "base"], folder, device, progress)
-    photos, subject, truth = read_photos(run), run_reference(run, encoders), lab_truth(config, encoders)
+    shared = shared_folder(run, config)
+    photos, subject, truth = read_photos(run), run_reference(run, encoders), lab_truth(config, encoders, shared)
     scores = {arm: score(images[arm], items, subject, encoders, images["base"], truth) for arm in images} if encoders else {}
     if "final" in steps and "best" in scores:  # both steps have a row in every table of many runs, where they are one as well
         scores.setdefault("final", scores["best"])
@@ -80,8 +83,9 @@ def evaluate_run(
         "unit": "one subject, one training seed: intervals are over prompts (class images for the class), not over subjects",
         "evaluation": to_plain(config.evaluation),
         "sampling": to_plain(config.sampling),
+        "pictures": folder.name,
         "rows": [_row(arm, steps[arm], scores.get(arm)) for arm in steps],
-        "references": _references(config, items, encoders, subject),
+        "references": reference_rows(config, items, encoders, subject, shared) if encoders else {},
         "differences": _differences(scores),
     }
     run.confirm()
@@ -217,35 +221,6 @@ def _row(arm: str, step: int, scores: Scores | None) -> dict[str, Any]:
 
 def _interval(interval: Interval) -> dict[str, Any]:
     return {"low": interval.low, "high": interval.high, "n": interval.n, "unit": interval.unit}
-
-
-def _references(config: Config, items: Sequence[Item], encoders: LoadedEncoders | None, subject: Reference | None) -> dict[str, Any]:
-    """Returns the marks to read the scores against: real photos with each other, copies of the photos and, in the lab, true renders."""
-    if encoders is None:
-        return {}
-    found: dict[str, Any] = references(subject, [item.scored_prompt for item in items if item.kind == "subject"], encoders)
-    truth = _ground_truth(config, items)
-    if truth is not None:
-        kept, pixels = truth
-        values = score(pixels, kept, subject, encoders, truth=lab_truth(config, encoders)).values
-        found["ground_truth"] = {info.key: values[info.key] for info in METRICS if info.kind == "subject" and info.key in values}
-    return found
-
-
-def _ground_truth(config: Config, items: Sequence[Item]) -> tuple[list[Item], np.ndarray] | None:
-    """Returns the lab's true renders of the built-in subject for the subject prompts that name a context; None outside the lab."""
-    if config.data.subject_dir is not None or not config.base.is_lab():
-        return None
-    from dreambooth.lab.world import CONTEXTS, ground_truth
-
-    contexts = {item: next((c for c in CONTEXTS if item.template.endswith(c)), None) for item in items if item.kind == "subject"}
-    kept = [item for item, context in contexts.items() if context]
-    if not kept:
-        return None
-    pixels = ground_truth(
-        config.subject.class_noun, config.subject.lab_seed, [contexts[i] for i in kept], [i.key[-1] + 1000 for i in kept]
-    )  # (N, 3, H, W)
-    return kept, pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _differences(scores: dict[str, Scores]) -> dict[str, Any]:

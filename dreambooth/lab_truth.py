@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ import torch
 from dreambooth.config import Config
 from dreambooth.encoders import LoadedEncoders
 from dreambooth.evaluation import Item
+from dreambooth.lab import ground_truth
 from dreambooth.lab.ground_truth import Gallery
+from dreambooth.worked_out import Tensors, code_digest, once
 
+CODE = code_digest(Path(ground_truth.__file__).parent)  # of the world, as it is loaded: what is edited later is not what runs here
 RIVALS, POSES = 8, 12  # of the gallery: renders of 9 subjects in 12 poses for each place, some seconds once a subject
 
 
@@ -26,9 +30,11 @@ class LabTruth:
     Args:
         config: resolved, of a run on the lab's built-in subject.
         encoders: the lab's.
+        shared: folder in which runs share the true renders; None: they are made anew.
     """
 
-    def __init__(self, config: Config, encoders: LoadedEncoders) -> None:
+    def __init__(self, config: Config, encoders: LoadedEncoders, shared: Path | None = None) -> None:
+        self.shared = shared
         mark = json.loads((config.base.locate() / "lab.json").read_text(encoding="utf-8"))
         self.subject, self.contexts, self.encoders = config.subject, list(mark["contexts"]), encoders
 
@@ -39,7 +45,8 @@ class LabTruth:
         columns = {name: np.full(len(items), np.nan) for name in ("true_identity", "true_identity_margin", "true_context")}
         if chosen:
             own, asked = images[chosen], [places[k] for k in chosen]
-            verdict = _gallery(self.subject.class_noun, self.subject.lab_seed, tuple(sorted(set(asked)))).judge(_channels_first(own), asked)
+            gallery = _gallery(self.subject.class_noun, self.subject.lab_seed, tuple(sorted(set(asked))), self.shared)
+            verdict = gallery.judge(_channels_first(own), asked)
             columns["true_identity"][chosen], columns["true_identity_margin"][chosen] = verdict.rank.numpy(), verdict.margin.numpy()
             texts = self.encoders.text([f"a photo of a {self.subject.class_noun} {context}" for context in self.contexts])  # (C, E)
             named = (self.encoders.image(own) @ texts.T).argmax(1).tolist()
@@ -53,16 +60,29 @@ class LabTruth:
         return next((context for context in self.contexts if item.template.endswith(f" {context}")), None)
 
 
-def lab_truth(config: Config, encoders: LoadedEncoders | None) -> LabTruth | None:
-    """Returns the judge of a run on the lab's built-in subject; None for every other run."""
+def lab_truth(config: Config, encoders: LoadedEncoders | None, shared: Path | None = None) -> LabTruth | None:
+    """Returns the judge of a run on the lab's built-in subject, see `LabTruth`; None for every other run."""
     if encoders is None or config.data.subject_dir is not None or not config.base.is_lab():
         return None
-    return LabTruth(config, encoders)
+    return LabTruth(config, encoders, shared)
+
+
+class _Kept(Gallery):
+    """A gallery of renders that were made before."""
+
+    def __init__(self, contexts: Sequence[str], kept: Tensors) -> None:
+        self.contexts, self.masks = list(contexts), kept["masks"]
+        self.cells = {context: kept[f"cells {context}"] for context in contexts}
 
 
 @lru_cache(maxsize=4)
-def _gallery(class_noun: str, seed: int, contexts: tuple[str, ...]) -> Gallery:
-    return Gallery(class_noun, seed, contexts, RIVALS, POSES)
+def _gallery(class_noun: str, seed: int, contexts: tuple[str, ...], shared: Path | None) -> Gallery:
+    about = {"class_noun": class_noun, "seed": seed, "contexts": contexts, "rivals": RIVALS, "poses": POSES, "code": CODE}
+    return _Kept(contexts, once(shared, "gallery", about, lambda: _tensors(Gallery(class_noun, seed, contexts, RIVALS, POSES))))
+
+
+def _tensors(gallery: Gallery) -> Tensors:
+    return {"masks": gallery.masks} | {f"cells {context}": cells for context, cells in gallery.cells.items()}
 
 
 def _channels_first(images: np.ndarray) -> torch.Tensor:
