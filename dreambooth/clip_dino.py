@@ -1,7 +1,7 @@
 """CLIP and DINO behind the interface of the encoders: where their weights are found, how they see an image, which features they give."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,41 +67,78 @@ def dino_preprocessing(crop_px: int) -> Preprocessing:
     return Preprocessing(round(crop_px * 256 / 224), crop_px, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class LoadedClipDino(LoadedEncoders):
-    """CLIP's image and text projections, and the class token of DINO (or DINOv2) after its final layer norm; its other tokens as patches.
+class Dino:
+    """A DINO or DINOv2 that tells individuals apart: its class token after its final layer norm, and its other tokens as patches.
 
     DINOv2 (Oquab et al. 2023) is seen as DINO is: short side 256, crop 224, though its position embeddings were made for 518; the network
     interpolates them, as in its own evaluation. With patches of 14 that is a grid of 16 x 16, with DINO's of 16 one of 14 x 14.
 
     Args:
+        where: config path of the folder, for messages.
+        folder: a ViTModel or Dinov2Model.
+        device: where to compute.
+        kinds: the model types that will do.
+
+    Attributes:
+        layer: what is taken from which network, for a version string.
+        view: how it sees an image, and the hash of its weights, for a version string.
+
+    Raises:
+        ConfigError: the model is of another type, or its file lacks weights.
+    """
+
+    def __init__(self, where: str, folder: Path, device: torch.device, kinds: Sequence[str] = ("vit", "dinov2")) -> None:
+        from transformers import Dinov2Model, ViTModel
+
+        backbones = {"vit": (ViTModel, {"add_pooling_layer": False}), "dinov2": (Dinov2Model, {})}  # ViT's own pooler is random
+        self.device = device
+        self.network = _network(where, folder, {kind: backbones[kind] for kind in kinds}).to(device)
+        config = self.network.config
+        self.preprocessing = dino_preprocessing(_dino_crop_px(config))
+        self.grid_side = self.preprocessing.crop_px // config.patch_size
+        self.layer = f"{config.model_type} patch {config.patch_size}, class token after the final norm, {config.hidden_size}-d"
+        self.view = f"{self.preprocessing.words}, ImageNet mean and std, sha256 {sha256_of([_weights_file(folder)])}"
+
+    def tokens(self, images: list[Pixels]) -> tuple[Tensor, Tensor]:
+        """Returns the class tokens (N, D) and the patch tokens (N, h, w, D) of one batch, of any length."""
+        x = torch.stack([self.preprocessing(image) for image in images]).to(self.device)  # (N, 3, crop, crop)
+        tokens = self.network(pixel_values=x).last_hidden_state  # (N, 1 + patches, D), after the final norm
+        return tokens[:, 0], tokens[:, 1:].unflatten(1, (self.grid_side, self.grid_side))  # (N, D), (N, h, w, D)
+
+    def patch_shares(self, mask: NDArray[np.float32]) -> Tensor:
+        """Returns the share of each patch that a mask (H, W) in [0, 1] covers, (h, w)."""
+        seen = self.preprocessing.of_mask(mask)[None]  # (1, crop, crop)
+        return F.avg_pool2d(seen, self.network.config.patch_size)[0]  # (h, w)
+
+
+class LoadedClipDino(LoadedEncoders):
+    """CLIP's image and text projections, and the tokens of DINO (or DINOv2); on demand a DINOv2 beside it.
+
+    Args:
         clip_folder: a CLIPModel and its tokenizer, as transformers saves them.
         dino_folder: a ViTModel or Dinov2Model.
         device: where to compute.
+        dinov2_folder: a Dinov2Model, for a score of its own; None: no such score.
 
     Source: Ruiz et al. 2023, sec. 4.1; which token, crop and sizes: google/dreambooth issue 3.
     """
 
-    def __init__(self, clip_folder: Path, dino_folder: Path, device: torch.device) -> None:
-        from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ViTModel
+    def __init__(self, clip_folder: Path, dino_folder: Path, device: torch.device, dinov2_folder: Path | None = None) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
 
         self.device = device
         self.clip = _network("encoders.clip_path", clip_folder, {"clip": (CLIPModel, {})}).to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(clip_folder, local_files_only=True)
-        backbones = {"vit": (ViTModel, {"add_pooling_layer": False}), "dinov2": (Dinov2Model, {})}  # ViT's own pooler is random
-        self.dino = _network("encoders.dino_path", dino_folder, backbones).to(device)
+        self.dino = Dino("encoders.dino_path", dino_folder, device)
+        self.dinov2 = Dino("encoders.dinov2_path", dinov2_folder, device, ("dinov2",)) if dinov2_folder is not None else None
         self.clip_preprocessing = clip_preprocessing(self.clip.config.vision_config.image_size)
-        self.dino_preprocessing = dino_preprocessing(_dino_crop_px(self.dino.config))
-        self._grid_side = self.dino_preprocessing.crop_px // self.dino.config.patch_size
-        self.version = self._describe(sha256_of([_weights_file(clip_folder)]), sha256_of([_weights_file(dino_folder)]))
+        self.version = self._describe(sha256_of([_weights_file(clip_folder)]))
 
     def _identity_with_patches(self, images: list[Pixels]) -> tuple[Tensor, Tensor]:
-        x = torch.stack([self.dino_preprocessing(image) for image in images]).to(self.device)  # (N, 3, crop, crop)
-        tokens = self.dino(pixel_values=x).last_hidden_state  # (N, 1 + patches, D), after the final norm
-        return tokens[:, 0], tokens[:, 1:].unflatten(1, (self._grid_side, self._grid_side))  # (N, D), (N, h, w, D)
+        return self.dino.tokens(images)
 
     def _patch_shares(self, mask: NDArray[np.float32]) -> Tensor:
-        seen = self.dino_preprocessing.of_mask(mask)[None]  # (1, crop, crop)
-        return F.avg_pool2d(seen, self.dino.config.patch_size)[0]  # (h, w)
+        return self.dino.patch_shares(mask)
 
     def _image(self, images: list[Pixels]) -> Tensor:
         x = torch.stack([self.clip_preprocessing(image) for image in images]).to(self.device)  # (N, 3, crop, crop)
@@ -116,15 +153,14 @@ class LoadedClipDino(LoadedEncoders):
         pooled = self.clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         return self.clip.text_projection(pooled)  # (N, E)
 
-    def _describe(self, clip_sha256: str, dino_sha256: str) -> str:
-        clip, dino = self.clip.config, self.dino.config
-        return (
-            f"clip_dino: identity = {dino.model_type} patch {dino.patch_size}, class token after the final norm, {dino.hidden_size}-d, "
-            f"patches = its other tokens, {self._grid_side} x {self._grid_side}, "
-            f"{self.dino_preprocessing.words}, ImageNet mean and std, sha256 {dino_sha256}; "
+    def _describe(self, clip_sha256: str) -> str:
+        clip, side = self.clip.config, self.dino.grid_side
+        words = (
+            f"clip_dino: identity = {self.dino.layer}, patches = its other tokens, {side} x {side}, {self.dino.view}; "
             f"image and text = clip patch {clip.vision_config.patch_size}, projections, {clip.projection_dim}-d, "
             f"{self.clip_preprocessing.words}, CLIP mean and std, sha256 {clip_sha256}"
         )
+        return words if self.dinov2 is None else f"{words}; identity by DINOv2 = {self.dinov2.layer}, {self.dinov2.view}"
 
 
 def find(where: str, path: str, files: FileGroups) -> Path:

@@ -447,7 +447,7 @@ class EvaluateConfig:
     output: str | None = None  # folder of the table of many; null: `combined` beside them
     arms: list[str] = field(default_factory=lambda: ["base", "best", "final"])  # un-tuned base (always scored), chosen step, last step
     data: EvaluateData = field(default_factory=EvaluateData)
-    encoders: Encoders = field(default_factory=BaseEncoders)  # base: each run's own
+    encoders: Encoders = MISSING  # base: each run's own
     prompts: list[str] | None = None  # with {subject}
     images: int | None = None  # a prompt
     class_images: int | None = None  # images of the class prompt
@@ -456,6 +456,8 @@ class EvaluateConfig:
     accelerator: str = "auto"  # auto, cpu, gpu
 
     def __post_init__(self) -> None:
+        if self.encoders == MISSING:  # BaseEncoders as the field's default would be the only kind that Hydra lets in
+            self.encoders = BaseEncoders()
         _require(
             bool(self.arms) and not set(self.arms) - {"base", "best", "final"}, "arms", "must be some of base, best, final", list(self.arms), "choose"
         )

@@ -17,6 +17,7 @@ from dreambooth.errors import ConfigError, UserError
 from dreambooth.files import sha256_of
 
 if TYPE_CHECKING:
+    from dreambooth.clip_dino import Dino
     from dreambooth.perceptual import Lpips
 
 T = TypeVar("T")
@@ -43,11 +44,13 @@ class LoadedEncoders(ABC):
             Scores of different versions are not comparable.
         device: where the networks are; features always come back on the CPU, in float32.
         perceptual: LPIPS, or None when the config names no weights for it.
+        dinov2: a second identity network, or None when the config names none.
     """
 
     version: str
     device: torch.device
     perceptual: "Lpips | None" = None
+    dinov2: "Dino | None" = None
 
     def identity(self, images: Images, batch_size: int = 32) -> Tensor:
         """Returns features that tell one individual from another, (N, D) float32 of length 1.
@@ -60,6 +63,11 @@ class LoadedEncoders(ABC):
             ValueError: the images are not uint8 RGB.
         """
         features = self._in_batches(lambda batch: (self._identity_with_patches(batch)[0],), _pixels(images), BLANK, batch_size)[0]
+        return F.normalize(features, dim=-1)
+
+    def identity_dinov2(self, images: Images, batch_size: int = 32) -> Tensor:
+        """Returns what `identity` does by the second network, (N, F) float32 of length 1; only where `dinov2` is not None."""
+        features = self._in_batches(lambda batch: (self.dinov2.tokens(batch)[0],), _pixels(images), BLANK, batch_size)[0]
         return F.normalize(features, dim=-1)
 
     def patches(self, images: Images, batch_size: int = 32) -> Patches:
@@ -268,6 +276,7 @@ class ClipDino(Encoders):
     name: str = "clip_dino"
     clip_path: str = "openai/clip-vit-base-patch32"  # folder or Hugging Face id of a CLIP model
     dino_path: str = "facebook/dino-vits16"  # folder or Hugging Face id of a DINO (ViT) or DINOv2 model
+    dinov2_path: str | None = None  # folder or Hugging Face id of a DINOv2 beside it, such as facebook/dinov2-small; null: no DINOv2 score
 
     def check(self) -> None:
         """Raises ConfigError if a model is neither in its folder nor in the Hugging Face cache."""
@@ -276,13 +285,16 @@ class ClipDino(Encoders):
 
         find("encoders.clip_path", self.clip_path, CLIP_FILES)
         find("encoders.dino_path", self.dino_path, DINO_FILES)
+        if self.dinov2_path is not None:
+            find("encoders.dinov2_path", self.dinov2_path, DINO_FILES)
 
     def _load(self, device: str | torch.device) -> LoadedEncoders:
         from dreambooth.clip_dino import CLIP_FILES, DINO_FILES, LoadedClipDino, obtain
 
         clip = obtain("encoders.clip_path", self.clip_path, CLIP_FILES)
         dino = obtain("encoders.dino_path", self.dino_path, DINO_FILES)
-        return LoadedClipDino(clip, dino, torch.device(device))
+        dinov2 = obtain("encoders.dinov2_path", self.dinov2_path, DINO_FILES) if self.dinov2_path is not None else None
+        return LoadedClipDino(clip, dino, torch.device(device), dinov2)
 
 
 def _pixels(images: Images) -> list[Pixels]:

@@ -35,6 +35,8 @@ class Reference(NamedTuple):
     image: Tensor  # (M, E) image features of the training photos
     known_identity: Tensor  # (M + O, D) of all photos but those held out: what fidelity and drift are measured against
     known_image: Tensor  # (M + O, E)
+    dinov2: Tensor | None  # (M, F) identity features of the training photos by DINOv2; None without it
+    known_dinov2: Tensor | None  # (M + O, F)
     held_out_identity: Tensor | None  # (K, D) identity features of the photos held out
     foreground: Foreground | None  # what the masks say; None without masks, or if they tell no patch from another
 
@@ -71,9 +73,12 @@ def reference(
     held_out_identity = encoders.identity(held_out) if held_out is not None else None
     image = known_image = encoders.image(photos)
     known_identity = identity
+    dinov2 = known_dinov2 = encoders.identity_dinov2(photos) if encoders.dinov2 is not None else None
     if others is not None and len(others):
         known_identity, known_image = torch.cat([identity, encoders.identity(others)]), torch.cat([image, encoders.image(others)])
-    return Reference(photos, others, masks, held_out, identity, image, known_identity, known_image, held_out_identity, known)
+        known_dinov2 = torch.cat([dinov2, encoders.identity_dinov2(others)]) if dinov2 is not None else None
+    features = (identity, image, known_identity, known_image, dinov2, known_dinov2, held_out_identity)
+    return Reference(photos, others, masks, held_out, *features, known)
 
 
 class Scores(NamedTuple):
@@ -100,8 +105,8 @@ def score(
 
     A score of the subject's images is the mean over prompts of the mean over each prompt's images; one of class images the mean over
     images. What cannot be measured is left out of the values: `masked_identity` without masks, `lpips_diversity` without LPIPS,
-    `memorisation` with a single photo and none held out, `sharpness` under 20 pixels, the other-class scores without items of kind
-    "other" or without the base's images.
+    `identity_fidelity_dinov2` without DINOv2, `memorisation` with a single photo and none held out, `sharpness` under 20 pixels, the
+    other-class scores without items of kind "other" or without the base's images.
 
     Args:
         images: uint8 (N, H, W, 3), drawn for the items.
@@ -138,6 +143,9 @@ def score(
     add("image", "subject", cosines.per_image_fidelity(features, reference.known_image))
     add("alignment", "subject", cosines.per_image_alignment(features, _texts([item.scored_prompt for item in own], encoders)))
     add("alignment_with_identifier", "subject", cosines.per_image_alignment(features, _texts([item.prompt for item in own], encoders)))
+    if encoders.dinov2 is not None:
+        features = encoders.identity_dinov2(images[kinds == "subject"])  # (S, F)
+        add("identity_dinov2", "subject", cosines.per_image_fidelity(features, reference.known_dinov2))
     if encoders.perceptual is not None:
         rows["lpips_diversity"] = _per_image_diversity(encoders.perceptual.distances, images, items)
     of_class = identity[torch.from_numpy(kinds == "class")]
@@ -178,6 +186,10 @@ def references(reference: Reference, prompts: Sequence[str], encoders: LoadedEnc
     found["copy_baseline"] = real_photos.copy_baseline(
         reference.identity, reference.image, texts, reference.held_out_identity, reference.known_identity, reference.known_image
     ) | {"diversity": apart, "sharpness": 1.0}
+    if reference.dinov2 is not None:
+        for name, self_pairs in with_self_pairs:
+            found[name]["identity_fidelity_dinov2"] = float(real_photos.real_photo_oracle(reference.known_dinov2, self_pairs))
+        found["copy_baseline"]["identity_fidelity_dinov2"] = float(cosines.identity_fidelity(reference.dinov2, reference.known_dinov2))
     return found
 
 

@@ -287,7 +287,7 @@ def test_resolve_leaves_no_null_but_those_that_mean_off(family: str, sd_plain: d
     resolved = to_plain(resolve(from_plain(LAB_PLAIN if family == "lab" else sd_plain)))
     nulls = {f"{section}.{key}" for section, node in resolved.items() if isinstance(node, dict) for key, value in node.items() if value is None}
     off = {"base.revision", "base.variant", "base.config_path", "base.prediction_type", "prior.class_dir", "encoders.folder", "wandb.entity"}
-    off |= {"encoders.lpips_backbone"}
+    off |= {"encoders.lpips_backbone", "encoders.dinov2_path"}
     off |= {"subject.prompt_noun", "trainer.early_stop_patience"}
     off |= {"data.photos", "data.dreambench", "subject.name", "data.masks", "data.steps_per_image"}
     off |= {"method.text_encoder_stop_step", "optim.fused", "trainer.ema_decay"}
@@ -405,6 +405,12 @@ def test_conf_train_composes_to_a_typed_config() -> None:
 @pytest.mark.parametrize(("script", "overrides"), [("evaluate", ["run=x"]), ("generate", ["run=x", "prompt='a {subject}'"])])
 def test_conf_of_the_other_scripts_compose(script: str, overrides: list[str]) -> None:
     assert isinstance(composed(*overrides, script=script), SCHEMAS[script])
+
+
+@pytest.mark.parametrize(("word", "kind"), [("base", BaseEncoders), ("lab", LabEncoders), ("clip_dino", ClipDino)])
+def test_conf_of_evaluate_takes_every_choice_of_encoders(word: str, kind: type) -> None:
+    """Hydra refused all but `base`, the default of the field itself: "ClipDino is not a subclass of BaseEncoders"."""
+    assert type(composed("run=x", f"encoders={word}", script="evaluate").encoders) is kind
 
 
 @pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)

@@ -130,6 +130,7 @@ def test_diversity_metric_refuses_prompts_that_do_not_fit() -> None:
 def test_table_directions_match_the_metric_classes() -> None:
     kinds = {
         "identity_fidelity": IdentityFidelity,
+        "identity_fidelity_dinov2": IdentityFidelity,
         "image_fidelity": ImageFidelity,
         "masked_identity": MaskedIdentity,
         "prompt_alignment": PromptAlignment,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import ROOT, make_dreambench, run
-from tiny_encoders import build_tiny_encoders
+from tiny_encoders import build_tiny_dinov2, build_tiny_encoders
 
 import evaluate as script
 from dreambooth import evaluation
@@ -283,6 +284,45 @@ def test_evaluation_of_many_that_is_killed_and_continued_gives_the_same_table(gr
     (ours,), (theirs,) = copy.glob("combined-*"), group.glob("combined-*")
     assert (ours / "scores.parquet").read_bytes() == (theirs / "scores.parquet").read_bytes()
     assert (ours / "table.md").read_text() == (theirs / "table.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def with_dinov2(group: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the group whose runs are scored again, with DINOv2 beside their own encoders."""
+    root = tmp_path_factory.mktemp("dinov2")
+    runs = Path(shutil.copytree(group, root / "group", ignore=shutil.ignore_patterns("last.ckpt", "combined*")))
+    again(runs, encoders=replace(one(runs).config.encoders, dinov2_path=str(build_tiny_dinov2(root / "network"))))
+    return runs
+
+
+def test_dinov2_adds_a_score_and_changes_no_other(group: Path, with_dinov2: Path) -> None:
+    own, (added,) = json.loads((one(group).path / "scores.json").read_text()), one(with_dinov2).path.glob("scores-*.json")
+    for theirs, ours in zip(own["rows"], json.loads(added.read_text())["rows"], strict=True):
+        new = {key: ours.pop(key) for key in ("identity_fidelity_dinov2", "identity_fidelity_dinov2_interval")}
+        assert ours == theirs and -1 < new["identity_fidelity_dinov2"] < 1 and new["identity_fidelity_dinov2_interval"]["unit"] == "prompt"
+
+
+def test_dinov2_has_its_reference_rows_and_differences(group: Path, with_dinov2: Path) -> None:
+    own, (added,) = json.loads((one(group).path / "scores.json").read_text()), one(with_dinov2).path.glob("scores-*.json")
+    scores = json.loads(added.read_text())
+    for part in ("references", "differences"):
+        for name, row in scores[part].items():
+            assert set(row) - set(own[part][name]) == {"identity_fidelity_dinov2"}, name
+
+
+def test_dinov2_has_a_column_of_the_subjects_images_behind_those_of_before(group: Path, with_dinov2: Path) -> None:
+    own, (added,) = pd.read_parquet(one(group).path / "scores.parquet"), one(with_dinov2).path.glob("scores-*.parquet")
+    table = pd.read_parquet(added)
+    assert set(table.columns) - set(own.columns) == {"identity_dinov2"}
+    assert table.identity_dinov2.notna().equals(table.kind == "subject")
+
+
+def test_dinov2_stands_in_the_table_of_many_runs(group: Path, with_dinov2: Path) -> None:
+    (table,) = with_dinov2.glob("combined-*/table.md")
+    header, line = "| Identity fidelity (up) | Identity fidelity by DINOv2 (up) |", "| un-tuned base |"
+    text = table.read_text()
+    assert header in text and "identity by DINOv2 = dinov2 patch 14" in text
+    assert "-" not in [cell.strip() for cell in next(row for row in text.splitlines() if row.startswith(line)).split("|")[2:4]]
 
 
 # --- other prompts ----------------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_scores_have_an_interval_each_around_their_value(photos: np.ndarray) -> 
     images = np.stack([image(*map(tuple, generator.integers(0, 255, (4, 3)))) for _ in items])
     base = np.stack([image(*map(tuple, generator.integers(0, 255, (4, 3)))) for _ in items])
     scores = score(images, items, reference(photos, encoders), encoders, base)
-    assert set(scores.intervals) == set(scores.values) and len(scores.values) == len(METRICS) - 6  # no masks, no LPIPS, no ground truth
+    assert set(scores.intervals) == set(scores.values) and len(scores.values) == len(METRICS) - 7  # no masks, LPIPS, DINOv2, ground truth
     for key, interval in scores.intervals.items():
         assert interval.mean == pytest.approx(scores.values[key], abs=1e-6), key
         assert interval.low < scores.values[key] < interval.high, key

@@ -3,7 +3,7 @@
 Three kinds of features come in, and every score says which it takes:
 
 - *identity*: DINO ViT-S/16, class token after the final layer norm, 384 numbers; short side resized to 256 (bicubic, antialiased), centre
-  crop 224, ImageNet mean and standard deviation (Caron et al. 2021). DINOv2 the same way. In the lab: the identity scorer.
+  crop 224, ImageNet mean and standard deviation (Caron et al. 2021). DINOv2 the same way, in its place or beside it. In the lab: the identity scorer.
 - *image* and *text*: CLIP ViT-B/32, the projections that CLIP itself compares, 512 numbers; short side resized to 224 (bicubic,
   antialiased), centre crop 224, CLIP's mean and standard deviation (Radford et al. 2021). In the lab: the image and text scorers.
 

@@ -33,6 +33,14 @@ METRICS = (
         behind="less like the subject",
     ),
     MetricInfo(
+        "identity_fidelity_dinov2",
+        "Identity fidelity by DINOv2",
+        "up",
+        "How much the generated images look like the subject's photos to DINOv2, a second network beside that of identity fidelity.",
+        column="identity_dinov2",
+        is_headline=False,
+    ),
+    MetricInfo(
         "image_fidelity",
         "Image fidelity",
         "up",
