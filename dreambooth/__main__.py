@@ -54,7 +54,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Writes the report of run folders: one HTML page, and Markdown with small pictures."""
     from dreambooth.report.page import write_report
 
-    for path in write_report(arguments.runs, arguments.output, arguments.baseline, arguments.seed):
+    for path in write_report(arguments.runs, arguments.output, arguments.baseline, arguments.seed, arguments.own_drawing):
         print(path)
 
 
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     three.add_argument("--output", help="folder for report.html, report.md and its pictures (default: the run, or the folder of the runs)")
     three.add_argument("--baseline", help="arm that the others are held against, or a part of its name (default: the recipe's, else the first)")
     three.add_argument("--seed", type=int, default=0, help="of the random draw of the pictures that are shown (default: %(default)s)")
+    three.add_argument("--own-drawing", action="store_true", help="leave out what evaluate.py drew again of the runs in other ways (sampling.*)")
     three.set_defaults(call=report)
     four = commands.add_parser("dashboard", help="the report of runs as a run on Weights & Biases; online also a dashboard and a report page there")
     four.add_argument("runs", nargs="+", help="run folders, or folders that hold them (runs/prior)")

@@ -21,7 +21,7 @@ LAYERS = {  # each may import itself and what stands above it here
     "page": "config cross_checks recipes",
     "after": (
         "live_storage memory memory_cuts sharding preflight metrics_csv runs taken_over class_bank class_images subject_photos generation evaluation "
-        "base_images scoring lab_truth final_scores rescoring arms combined_scores interop"
+        "base_images worked_out scoring lab_truth reference_rows final_scores rescoring arms combined_scores interop"
     ),
     "train": "data module sharded_strategy fixed_loss finite_loss callbacks first_steps mirror",
     "faces": "cli sweeps summary report dashboard studio __main__",

@@ -52,6 +52,14 @@ def test_alphas_cumprod_equal_the_schedulers(model: BaseModel) -> None:
     assert model.alphas_cumprod.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alphas_cumprod_stay_exact_when_the_weights_are_converted(fresh: BaseModel, dtype: torch.dtype) -> None:
+    """Rounded to bfloat16, as trainer.precision=bf16-true once did, the first two are 1: no noise, and an infinite signal-to-noise ratio."""
+    exact = fresh.alphas_cumprod.clone()
+    whole = torch.nn.ModuleList([fresh]).to(dtype)  # as Lightning converts the module around it
+    assert fresh.unet.dtype == dtype and torch.equal(whole[0].alphas_cumprod, exact)
+
+
 def test_latent_shape_is_an_eighth_of_the_pixels(model: BaseModel) -> None:
     assert model.latent_shape() == (4, 8, 8)
     assert model.latent_shape(128, 64) == (4, 16, 8)

@@ -16,9 +16,12 @@ import evaluate  # noqa: F401  # registers its config
 from dreambooth.class_images import bank_digest, read_user_bank, wants_class_images
 from dreambooth.config import NOT_SCIENCE, Config, EvaluateConfig, fingerprint, to_plain
 from dreambooth.final_scores import read_photos
+from dreambooth.generation import read_recipe
 from dreambooth.lab.class_renders import main as write_class_renders
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.recipes import resolve
+from dreambooth.report.data import read_study
+from dreambooth.report.pictures import panels
 from dreambooth.runs import RunFolder
 from dreambooth.subject_photos import read_subject_photos
 
@@ -31,6 +34,7 @@ BRIEF = (  # two places to judge in the end, and no other classes
     *("evaluation.other_prompts=[]", "evaluation.selection_prompts=['a {subject} in a city']"),
     "evaluation.final_prompts=['a photo of a {subject} in the snow','a photo of a {subject} on the moon']",
 )
+WAYS = [("2.0", "dpmsolver++"), ("1.0", "ddim"), ("3.0", "ddim")]  # of a small run: its own, then drawn again
 TRAINS_NOTHING = ("evaluation", "encoders", "trainer.eval_every", "trainer.fixed_loss_every", "prior.class_dir", "prior.top_up")
 
 
@@ -149,18 +153,41 @@ def test_evaluation_command_of_the_header_parses(name: str) -> None:
         assert len(drawn) == len(arms) == len({arm.output for arm in arms}) == (12 if name == "guidance" else 1)
 
 
-def test_guidance_draws_in_other_ways_from_the_models_that_are_there(tmp_path: Path) -> None:
-    done = run("experiment=guidance", "trainer.max_steps=2", "trainer.eval_every=2", f"output_dir={tmp_path}", *BRIEF)
-    group, before = done.path.parent, {name: (done.path / name).read_bytes() for name in ("run.json", "scores.json", "checkpoints/best.safetensors")}
+@pytest.fixture(scope="module")
+def drawn_again(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, bytes]]:
+    """A run of guidance that is drawn again in two ways by the command of the header, and some of its files as they were before."""
+    folder = tmp_path_factory.mktemp("guidance")
+    done = run("experiment=guidance", "trainer.max_steps=2", "trainer.eval_every=2", f"output_dir={folder}", *BRIEF)
+    before = {name: (done.path / name).read_bytes() for name in ("run.json", "scores.json", "checkpoints/best.safetensors")}
     words = commands("guidance", "evaluate.py")[0]
-    own = [word.replace("runs/guidance", str(group)) for word in words if not word.startswith("sampling.")]
-    said = typed(*own, "sampling.guidance_scale=3.0,1.0", "sampling.sampler=ddim", f"hydra.sweep.dir={tmp_path}/.sweeps", script="evaluate.py")
+    own = [word.replace("runs/guidance", str(done.path.parent)) for word in words if not word.startswith("sampling.")]
+    said = typed(*own, "sampling.guidance_scale=3.0,1.0", "sampling.sampler=ddim", f"hydra.sweep.dir={folder}/.sweeps", script="evaluate.py")
     assert said.returncode == 0, said.stderr
+    return done, before
+
+
+def test_guidance_draws_in_other_ways_from_the_models_that_are_there(drawn_again: tuple[RunFolder, dict[str, bytes]]) -> None:
+    done, before = drawn_again
+    group = done.path.parent
     assert {name: (done.path / name).read_bytes() for name in before} == before
     assert [path.parent for path in group.glob("*/run.json")] == [done.path]
     assert {path.parent.name for path in group.glob("*/table.md")} == {"cfg-3.0-ddim", "cfg-1.0-ddim"}
     drawn = [json.loads(path.read_text())["sampling"] for path in done.path.glob("scores-*.json")]
     assert sorted((one["guidance_scale"], one["sampler"], one["steps"]) for one in drawn) == [(1.0, "ddim", 2), (3.0, "ddim", 2)]
+
+
+def test_guidance_is_reported_with_the_ways_of_drawing_as_arms(drawn_again: tuple[RunFolder, dict[str, bytes]]) -> None:
+    done, _ = drawn_again
+    study = read_study([done.path.parent])
+    assert study.arms == [f"sampling.guidance_scale={scale}, sampling.sampler={sampler}" for scale, sampler in WAYS]
+    (panel,) = [panel for panel in panels(study, 0) if panel.name == "ways"]
+    drawn = [read_recipe(row.pictures[0].path)["sampling"] for row in panel.rows[1:]]
+    assert [(str(one["guidance_scale"]), one["sampler"]) for one in drawn] == WAYS
+
+
+def test_guidance_finds_what_does_not_depend_on_the_drawing_worked_out(drawn_again: tuple[RunFolder, dict[str, bytes]]) -> None:
+    done, _ = drawn_again
+    assert len(list(done.path.parents[1].glob("oracle/*/*.safetensors"))) == 2  # true renders and reference rows, of three evaluations
 
 
 def _lr_steps(steps: int, folder: Path, *words: str) -> list[str]:

@@ -294,6 +294,18 @@ def test_huber_is_that_of_the_measured_error(predicted: str) -> None:
     torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("choice", [FollowBase(), Velocity(huber_delta=0.1, huber_schedule="constant"), Epsilon(noise_offset=0.1)])
+def test_corrupt_does_not_hear_of_torchs_default_dtype(choice: Objective) -> None:
+    """Lightning's bf16-true sets it to bfloat16 in a training step."""
+    exact = choice.corrupt(LATENTS, KEYS, base("sample"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = choice.corrupt(LATENTS, KEYS, base("sample"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a is b is None or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in zip(found, exact, strict=True))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

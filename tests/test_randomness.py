@@ -1,6 +1,7 @@
 """Randomness is a function of its key: never of history, of neighbours, or of torch's own state."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,6 +32,20 @@ def test_normal_leaves_torchs_own_state_alone() -> None:
     before = torch.get_rng_state()
     normal((16,), NOISE, 0), permutation(9, NOISE), uniform(NOISE), integer(5, NOISE)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: normal((64,), NOISE, 0, 5, 2), lambda: torch.tensor(uniform(NOISE, 0, 5, 2), dtype=torch.float64)], ids=["normal", "uniform"]
+)
+def test_numbers_do_not_hear_of_torchs_default_dtype(draw: Callable[[], torch.Tensor]) -> None:
+    """Lightning's bf16-true sets it to bfloat16 in a training step: the noise was coarse then, and another one than in other precisions."""
+    exact = draw()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, exact)
 
 
 @pytest.mark.parametrize(

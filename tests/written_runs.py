@@ -46,22 +46,29 @@ def write_run(folder: Path, config: Config, gain: float = 0.5, drift: float = 0.
     for step in STEPS:
         for name in image_names(selection_plan(config)):
             write_png(folder / "samples" / f"step-{step:06}" / name, rng)
+    write_final_pictures(folder, config, gain, drift)
+    return folder
+
+
+def write_final_pictures(folder: Path, config: Config, gain: float = 0.5, drift: float = 0.1, suffix: str = "", base: float = 0.0) -> None:
+    """Writes a run's final pictures with their scores, or with a suffix what evaluate.py draws again; `base` is added to all, un-tuned too."""
+    level, rng = 0.1 * SUBJECTS.index(config.subject.name) + base, np.random.default_rng(4)
     items, frames = final_plan(config), []
     for arm, step in (("base", 0), ("best", 10), ("final", 20)):
         tuned = arm != "base"
         for item, name in zip(items, image_names(items), strict=True):
-            write_png(folder / "samples" / "final" / arm / name, rng)
+            write_png(folder / "samples" / f"final{suffix}" / arm / name, rng)
             identity = level + 0.03 * item.key[-1] + (0.0 if not tuned else gain + 0.2 * (arm == "final") if item.kind == "subject" else drift)
             frames.append(
                 {"arm": arm, "step": step, "kind": item.kind, "prompt_kind": "", "template": item.template, "prompt": item.prompt, "k": item.key[-1]}
                 | {"identity": identity, "alignment": 0.3 if item.kind == "subject" else np.nan, "diversity": 0.5 - 0.2 * tuned}
                 | {"nearest_photo": 0.5, "nearest_photo_index": 1, "run": folder.name}
             )
-    pd.DataFrame(frames).to_parquet(folder / "scores.parquet", index=False)
+    pd.DataFrame(frames).to_parquet(folder / f"scores{suffix}.parquet", index=False)
     scores = {"evaluator": "tiny 1", "missing": None, "unit": "", "references": {"real_photos": {"identity_fidelity": 0.9}}}
+    scores |= {"evaluation": to_plain(config.evaluation), "sampling": to_plain(config.sampling), "pictures": f"final{suffix}"}
     scores["rows"] = [{"arm": arm, "step": step} for arm, step in (("base", 0), ("best", 10), ("final", 20))]
-    (folder / "scores.json").write_text(json.dumps(scores))
-    return folder
+    (folder / f"scores{suffix}.json").write_text(json.dumps(scores))
 
 
 def write_png(path: Path, rng: np.random.Generator) -> None:

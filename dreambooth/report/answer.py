@@ -10,6 +10,7 @@ from dreambooth.statistics.comparison import ArmRow, Comparison
 from dreambooth.statistics.intervals import FEWEST_UNITS, fewest_words
 
 MOST_NAMED = 3  # arms that a caution counts one by one
+OF_DRAWING = "A way of drawing changes the un-tuned base's pictures too: what was learned is the difference to the base that was drawn the same way."
 
 
 def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
@@ -43,8 +44,8 @@ def is_led(study: Study, comparisons: dict[str, Comparison]) -> bool:
 
 
 def cautions(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
-    """Returns what the answer does not say by itself: too few subjects, a test that cannot decide, steps that were chosen outside the limits."""
-    found = [caution(study), _undecided(comparisons), _outside(study)]
+    """Returns what the answer does not say by itself: too few subjects, a test that cannot decide, steps outside the limits, what drawing does."""
+    found = [caution(study), _undecided(comparisons), _outside(study), OF_DRAWING if study.is_drawn_again else None]
     return [words for words in found if words is not None]
 
 

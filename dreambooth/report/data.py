@@ -14,8 +14,8 @@ from dreambooth.arms import as_typed, axes, in_brief, recipe_settings, settings_
 from dreambooth.combined_scores import ARM_WORDS, BASE
 from dreambooth.config import Config
 from dreambooth.errors import UserError
-from dreambooth.final_scores import subject_label
 from dreambooth.metrics_csv import MetricsFile
+from dreambooth.report.drawn import Drawn, LeftOut, drawn_again, own_pictures
 from dreambooth.runs import RunFolder, read_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -23,25 +23,21 @@ ONE_ARM = "these settings"  # the label of the only arm
 
 
 class ScoredRun(NamedTuple):
-    """One finished run with scores: one arm, subject and training seed."""
+    """One finished run with scores, as it was drawn in the end or again by `evaluate.py`: one arm, subject and training seed."""
 
     folder: RunFolder
-    config: Config
+    config: Config  # of what was drawn again, with that sampling
     subject: str
     arm: str
     scores: dict[str, Any]  # what its scores.json holds
-    course: list[dict[str, float]]  # scores on the selection prompts at every evaluated step, by key, with "step"
+    course: list[dict[str, float]]  # scores on the selection prompts at every evaluated step, by key, with "step"; [] for what was drawn again
+    model: str  # arm of the training alone, whatever the way of drawing
+    suffix: str  # of the names of its files; "" is the run's own
 
-
-class LeftOut(NamedTuple):
-    """One run that is not in the tables, and why."""
-
-    name: str
-    arm: str
-    subject: str
-    seed: int
-    status: str  # "failed", "running" (at work, or cut off) or "done" (without scores)
-    reason: str
+    @property
+    def pictures(self) -> Path:
+        """The folder of its final pictures."""
+        return self.folder.path / "samples" / self.scores.get("pictures", f"final{self.suffix}")
 
 
 class Study(NamedTuple):
@@ -60,6 +56,24 @@ class Study(NamedTuple):
     def has_arms(self) -> bool:
         """Tells whether there are settings to compare; otherwise the steps of one setting are held against the un-tuned base."""
         return len(self.arms) > 1
+
+    @property
+    def is_drawn_again(self) -> bool:
+        """Tells whether there are arms that were drawn again from trained models."""
+        return any(run.suffix for run in self.runs)
+
+    @property
+    def is_of_drawing_alone(self) -> bool:
+        """Tells whether all arms were drawn from the same models, so that no course of training sets them apart."""
+        return self.is_drawn_again and len(self.models) == 1
+
+    @property
+    def models(self) -> dict[str, list[ScoredRun]]:
+        """The trained arms with their runs, each run once, however often it was drawn."""
+        found: dict[str, dict[Path, ScoredRun]] = {}
+        for run in self.runs:
+            found.setdefault(run.model, {}).setdefault(run.folder.path, run)
+        return {model: list(runs.values()) for model, runs in found.items()}
 
     @property
     def subjects(self) -> list[str]:
@@ -103,36 +117,35 @@ def _draw_alike(base: pd.DataFrame, what: list[str]) -> bool:
     return bool((base.groupby(what)[["identity", "alignment"]].nunique() <= 1).all(axis=None))
 
 
-def read_study(folders: Sequence[str | Path], baseline: str | None = None) -> Study:
-    """Returns the study that run folders make up.
+def read_study(folders: Sequence[str | Path], baseline: str | None = None, is_own_drawing: bool = False) -> Study:
+    """Returns the study that run folders make up; what `evaluate.py` drew again of all runs in other ways are arms as well.
 
     Args:
         folders: run folders, or folders that hold them.
         baseline: an arm, or a part of its name that no other has; None: the arm with the recipe's settings, else the one started first.
+        is_own_drawing: leave out what was drawn again.
 
     Raises:
         UserError: no run, no scored run, several evaluators, two runs that nothing tells apart, or no such baseline.
     """
     found_all = _find(folders)
     groups = list(dict.fromkeys(run.config.group for run in found_all))
-    folders_read = _each_once(found_all)
-    configs = [run.config for run in folders_read]
-    subjects = [_subject(run, config) for run, config in zip(folders_read, configs, strict=True)]
-    settings = settings_that_differ(list(zip(subjects, configs, strict=True)))
-    arms = [setting or ONE_ARM for setting in settings]
+    own = [own_pictures(run) for run in _each_once(found_all)]
+    again, partly = ([], []) if is_own_drawing else drawn_again(own)
     runs, left_out = [], []
-    for run, config, subject, arm in zip(folders_read, configs, subjects, arms, strict=True):
-        scores = _scores(run)
-        if run.status != "done" or scores is None or scores["missing"]:
-            reason = run.record.get("error") or (scores or {}).get("missing") or ("no scores.json" if run.status == "done" else "not finished")
-            left_out.append(LeftOut(run.path.name, arm, subject, config.seed, run.status, str(reason)))
+    models = dict(zip((one.run.path for one in own), _arms(own), strict=True))
+    for one, arm in zip([*own, *again], _arms([*own, *again]), strict=True):
+        if one.is_scored:
+            course = [] if one.suffix else _course(one.run)
+            runs.append(ScoredRun(one.run, one.config, one.subject, arm, one.scores, course, models[one.run.path], one.suffix))
         else:
-            runs.append(ScoredRun(run, config, subject, arm, scores, _course(run)))
+            left_out.append(LeftOut(one.run.path.name, arm, one.subject, one.config.seed, one.run.status, _reason(one)))
     _check(runs, left_out)
     found = list(dict.fromkeys(run.arm for run in sorted(runs, key=lambda run: run.folder.record.get("started", ""))))
     first, reason = _baseline(runs, found, baseline)
     order = [first, *(arm for arm in found if arm != first)]
-    return Study(_headers(groups), groups, order, first, reason, sorted(runs, key=lambda run: order.index(run.arm)), left_out, _images(runs, order))
+    runs = sorted(runs, key=lambda run: order.index(run.arm))
+    return Study(_headers(groups), groups, order, first, reason, runs, [*left_out, *partly], _images(runs))
 
 
 def read_header(group: str) -> dict[str, str]:
@@ -146,9 +159,9 @@ def read_header(group: str) -> dict[str, str]:
         match = re.match(r"# ([A-Z][a-z]+): +(.*)", line)
         if match:
             word = match[1]
-            found[word] = match[2].strip()
+            found[word] = match[2].removesuffix("\\").strip()
         elif word is not None:
-            found[word] += " " + line.lstrip("# ").strip()
+            found[word] += " " + line.lstrip("# ").removesuffix("\\").strip()
     return found
 
 
@@ -191,17 +204,14 @@ def _find(folders: Sequence[str | Path]) -> list[RunFolder]:
     return [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
 
 
-def _subject(run: RunFolder, config: Config) -> str:
-    """Returns the subject's word; a run that failed before it had read its photos is named by its folder of photos."""
-    try:
-        return subject_label(run, config)
-    except KeyError:
-        return f"{config.subject.class_noun}-{Path(str(config.data.subject_dir)).name}"
+def _arms(drawn: Sequence[Drawn]) -> list[str]:
+    return [setting or ONE_ARM for setting in settings_that_differ([(one.subject, one.config) for one in drawn])]
 
 
-def _scores(run: RunFolder) -> dict[str, Any] | None:
-    path = run.path / "scores.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _reason(one: Drawn) -> str:
+    """Returns why a run has no scores."""
+    missing = (one.scores or {}).get("missing")
+    return str(one.run.record.get("error") or missing or ("no scores.json" if one.run.status == "done" else "not finished"))
 
 
 def _course(run: RunFolder) -> list[dict[str, float]]:
@@ -253,10 +263,10 @@ def _recipe(config: Config, write: Callable[[Any], str]) -> dict[str, str]:
     return recipe_settings(config, {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}, write)
 
 
-def _images(runs: Sequence[ScoredRun], order: Sequence[str]) -> pd.DataFrame:
+def _images(runs: Sequence[ScoredRun]) -> pd.DataFrame:
     """Returns the scores of every image of all runs."""
     frames = []
-    for run in sorted(runs, key=lambda run: order.index(run.arm)):
-        frame = pd.read_parquet(run.folder.path / "scores.parquet").assign(label=run.arm, subject=run.subject, seed=run.config.seed)
+    for run in runs:
+        frame = pd.read_parquet(run.folder.path / f"scores{run.suffix}.parquet").assign(label=run.arm, subject=run.subject, seed=run.config.seed)
         frames.append(frame.assign(run=run.folder.path.name))
     return pd.concat(frames, ignore_index=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dreambooth.arms import axes
+from dreambooth.combined_scores import BASE
 from dreambooth.metrics.table import METRICS, MetricInfo
 from dreambooth.report.data import Study
 from dreambooth.report.tables import ANSWERING, Point
@@ -52,24 +53,27 @@ def trajectories(study: Study, points: Sequence[Point]) -> list[Plot]:
     front = f"Pareto front: {', '.join(f'{p.arm} at step {p.step}' for p in points if p.on_front)}."
     caption = "Numbers are steps; on the selection prompts. Whiskers: 95% intervals over subjects. Ringed: nothing else is better in both."
     title = "Fidelity against alignment over steps"
-    plots = [_plot("trajectory", title, caption, f"{'; '.join(said)}. {front}", partial(_draw_trajectory, study, points, True))]
+    plots = [make_plot("trajectory", title, caption, f"{'; '.join(said)}. {front}", partial(_draw_trajectory, study, points, True))]
     tuned = [point for point in points if point.step]
     if tuned:
         caption, title = (
             "The same without the un-tuned base and whiskers; much finer axes: small differences look large.",
             f"{title}, closer",
         )
-        plots.append(_plot("trajectory_closer", title, caption, f"The tuned steps alone. {front}", partial(_draw_trajectory, study, tuned, False)))
+        draw = partial(_draw_trajectory, study, tuned, False)
+        plots.append(make_plot("trajectory_closer", title, caption, f"The tuned steps alone. {front}", draw))
     return plots
 
 
 def _draw_trajectory(study: Study, points: Sequence[Point], has_whiskers: bool, ax: Any) -> None:
     for k, arm in enumerate(study.arms):
         own = [point for point in points if point.arm == arm]
+        if not own:
+            continue
         xs, ys = [[p.values[key].mean for p in own] for key in (X, Y)]
         if has_whiskers:
-            whiskers = [_whiskers([p.values[key] for p in own]) for key in (Y, X)]
-            ax.errorbar(xs, ys, *whiskers, fmt="none", ecolor=look(k)["color"], elinewidth=0.8, alpha=0.4)
+            reach = [whiskers([p.values[key] for p in own]) for key in (Y, X)]
+            ax.errorbar(xs, ys, *reach, fmt="none", ecolor=look(k)["color"], elinewidth=0.8, alpha=0.4)
         ax.plot(xs, ys, label=arm, **look(k))
         for p, x, y in zip(own, xs, ys, strict=True):
             if p is own[0] or p is own[-1] or (not has_whiskers and len(study.arms) <= ALL_STEPS_UP_TO):
@@ -86,14 +90,13 @@ def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) 
     if key not in comparisons:
         return None
     rows, info = comparisons[key].rows, TITLES[key]
-    base = study.base[study.base.kind == info.kind]
-    mark = hierarchical_interval(base[info.column], base.subject, base.seed.fillna(-1)).mean
+    marks = base_marks(study, info)
 
     fits = len(rows) * max(len(word) for row in rows for word in re.split(r"(?<=[ =,])", row.arm)) <= UNDER_BARS
 
     def draw(ax: Any) -> None:
         for k, row in enumerate(rows):
-            error = _whiskers([row.mean])
+            error = whiskers([row.mean])
             ax.bar(
                 k,
                 row.mean.mean,
@@ -107,14 +110,27 @@ def bars(study: Study, comparisons: dict[str, Comparison], key: str, name: str) 
                 ec=INK,
                 lw=0.6,
             )
-        ax.axhline(mark, color=INK, ls="--", lw=1, label="un-tuned base")
+        if len(marks) == 1:
+            ax.axhline(marks[BASE], color=INK, ls="--", lw=1, label=BASE)
+        for k, arm in enumerate(row.arm for row in rows if row.arm in marks):
+            ax.hlines(marks[arm], k - 0.4, k + 0.4, color=INK, ls="--", lw=1, label=None if k else f"{BASE}, drawn the same way")
         ax.axhline(0, color=INK, lw=0.6)
         ax.set_xticks(*((range(len(rows)), [_wrapped(row.arm.replace("=", "= ")).replace("= ", "=") for row in rows]) if fits else ([],)))
         ax.set_ylabel(f"{info.title.lower()} ({info.direction} is better)")
 
     values = "; ".join(f"{row.arm} {_said(row.mean)}" for row in rows)
+    base = f"{BASE} {marks[BASE]:.2f}" if len(marks) == 1 else f"{BASE}, drawn the same way: {'; '.join(f'{a} {m:.2f}' for a, m in marks.items())}"
     where = "At the chosen step, on prompts that chose nothing" if study.has_arms else "On prompts that chose nothing"
-    return _plot(name, f"{info.title} ({name.upper()})", f"{info.sentence} {where}.", f"{info.title}: {values}; un-tuned base {mark:.2f}.", draw)
+    return make_plot(name, f"{info.title} ({name.upper()})", f"{info.sentence} {where}.", f"{info.title}: {values}; {base}.", draw)
+
+
+def base_marks(study: Study, info: MetricInfo) -> dict[str, float]:
+    """Returns the un-tuned base's mean of a score: the only one, by the word for it, or that of each arm where bases were drawn in several ways."""
+    base, same = study.base, study.base.label.nunique() == 1
+    if not same:
+        base = study.images[study.images.arm == "base"]
+    groups = base[base.kind == info.kind].groupby("label", sort=False)
+    return {label: hierarchical_interval(own[info.column], own.subject, own.seed.fillna(-1)).mean for label, own in groups}
 
 
 def paired_dots(study: Study, key: str) -> Plot | None:
@@ -128,7 +144,7 @@ def paired_dots(study: Study, key: str) -> Plot | None:
     draw, height = partial(draw_dots, found, looks, label), min(TALLEST, ROW * found.subject.nunique() * len(looks))
     values = "; ".join(f"{row.subject}, {row.label} {row.difference:+.2f}" for row in found.itertuples())
     caption = f"One dot a subject and arm, paired by prompt and noise, sorted; {TITLES[key].direction} is better."
-    return _plot(f"subjects_{key}", f"{TITLES[key].title} by subject", caption, f"Difference to {baseline}: {values}.", draw, height)
+    return make_plot(f"subjects_{key}", f"{TITLES[key].title} by subject", caption, f"Difference to {baseline}: {values}.", draw, height)
 
 
 def draw_dots(found: pd.DataFrame, looks: Mapping[str, dict[str, Any]], label: str, ax: Any) -> None:
@@ -188,24 +204,28 @@ def _heat_map(rates: dict[str, str], other: str, points: Sequence[Point], key: s
         return None
     frame = pd.Series(cells).unstack().sort_index(ascending=False)  # (rates, steps)
 
-    def draw(ax: Any) -> None:
-        picture = ax.pcolormesh(frame.to_numpy(), cmap="cividis", edgecolors="face")  # vector, and even in grey and to the colour-blind
-        low, high = picture.get_clim()
-        for y, x in ((y, x) for y in range(frame.shape[0]) for x in range(frame.shape[1])):
-            value = frame.iloc[y, x]
-            color = "#ffffff" if value < (low + high) / 2 else "#000000"
-            ax.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", color=color) if value == value else None
-        ax.set_xticks([x + 0.5 for x in range(frame.shape[1])], [str(step) for step in frame.columns])
-        ax.set_yticks([y + 0.5 for y in range(frame.shape[0])], [f"{rate:g}" for rate in frame.index])
-        ax.set(xlabel="step", ylabel="learning rate")
-
+    named = frame.set_axis([f"{rate:g}" for rate in frame.index])
     title = f"{TITLES[key].title}: learning rate x steps" + (f", {other}" if other else "")
     alt = "; ".join(f"learning rate {rate:g}, step {step}: {value:.2f}" for (rate, step), value in sorted(cells.items()))
-    return _plot(f"heat_map_{key}_{number}", title, "On the selection prompts; one run of a rate gives all its steps.", f"{alt}.", draw)
+    caption, draw = "On the selection prompts; one run of a rate gives all its steps.", partial(draw_map, named, "step", "learning rate", 2)
+    return make_plot(f"heat_map_{key}_{number}", title, caption, f"{alt}.", draw)
 
 
-def _plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], None], height: float = 0) -> Plot:
-    """Returns a drawing in both forms; `height`, in inches, is the least that its axes need."""
+def draw_map(frame: pd.DataFrame, xlabel: str, ylabel: str, digits: int, ax: Any) -> None:
+    """Draws numbers (rows, columns), named by the frame's index and columns, as coloured cells; an empty cell where there is none."""
+    picture = ax.pcolormesh(frame.to_numpy(), cmap="cividis", edgecolors="face")  # vector, and even in grey and to the colour-blind
+    low, high = picture.get_clim()
+    for y, x in ((y, x) for y in range(frame.shape[0]) for x in range(frame.shape[1])):
+        value = frame.iloc[y, x]
+        color = "#ffffff" if value <= (low + high) / 2 else "#000000"
+        ax.text(x + 0.5, y + 0.5, f"{value:.{digits}f}", ha="center", va="center", color=color) if value == value else None
+    ax.set_xticks([x + 0.5 for x in range(frame.shape[1])], [str(name) for name in frame.columns])
+    ax.set_yticks([y + 0.5 for y in range(frame.shape[0])], [str(name) for name in frame.index])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def make_plot(name: str, title: str, caption: str, alt: str, draw: Callable[[Any], None], height: float = 0) -> Plot:
+    """Returns a drawing in both forms; `draw` takes the axes, and `height`, in inches, is the least that they need."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -246,7 +266,7 @@ def look(k: int) -> dict[str, Any]:
     return {"color": COLORS[color], "marker": MARKERS[(k + turn) % len(MARKERS)], "ls": LINES[k % len(LINES)], "ms": 5, "lw": 1.4}
 
 
-def _whiskers(intervals: Sequence[Interval]) -> list[list[float]] | None:
+def whiskers(intervals: Sequence[Interval]) -> list[list[float]] | None:
     """Returns how far the intervals reach below and above their means, (2, n); None where there are none."""
     if any(interval.low is None for interval in intervals):
         return None

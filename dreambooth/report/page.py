@@ -15,17 +15,15 @@ from dreambooth.report.figures import Plot, bars, heat_maps, paired_dots, trajec
 from dreambooth.report.pictures import Panel, data_uri, panels, sheet
 from dreambooth.report.published import beside_the_paper
 from dreambooth.report.record import cost_table, left_out_table, reproducibility
-from dreambooth.report.tables import (
-    ANSWERING,
-    Table,
-    compare,
-    course,
-    course_table,
-    score_tables,
-)
+from dreambooth.report.tables import ANSWERING, Point, Table, compare, course, course_table, score_tables
 from dreambooth.report.truth import truth_tables
+from dreambooth.report.ways import trade_off, way_maps
 
 PICTURES = "report_figures"  # folder beside report.md
+NO_COURSE = (
+    "There is no course to show: all arms are drawn from the same models, at the same steps of their training, and differ in the drawing alone. "
+    "How these models were trained is in the report with --own-drawing."
+)
 
 
 class Section(NamedTuple):
@@ -35,6 +33,7 @@ class Section(NamedTuple):
     plots: list[Plot]
     panels: list[Panel]
     tables: list[Table]
+    words: str = ""
 
 
 class Report(NamedTuple):
@@ -50,7 +49,13 @@ class Report(NamedTuple):
     has_lead: bool = False  # the first sentence of the answer speaks of all arms, the others of one each
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path | None = None, baseline: str | None = None, seed: int = 0) -> list[Path]:
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    baseline: str | None = None,
+    seed: int = 0,
+    is_own_drawing: bool = False,
+) -> list[Path]:
     """Writes report.html, report.md and the pictures of the latter; returns the paths of the first two.
 
     Args:
@@ -58,11 +63,12 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         output: folder, made when missing; None: the run itself if there is one run, else the folder that holds them all.
         baseline: the arm to hold the others against; see `read_study`.
         seed: of the draw of the pictures that are shown.
+        is_own_drawing: leave out what `evaluate.py` drew again in other ways.
 
     Raises:
         UserError: nothing to report on, or no place for it.
     """
-    study = read_study(folders, baseline)
+    study = read_study(folders, baseline, is_own_drawing)
     place = Path(output) if output is not None else _place(study)
     report = make_report(study, seed)
     for section in report.sections:
@@ -76,15 +82,17 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 
 def make_report(study: Study, seed: int = 0) -> Report:
     """Returns the report of a study."""
-    best, last, points = compare(study, "best"), compare(study, "final"), course(study)
+    best, last, alone = compare(study, "best"), compare(study, "final"), study.is_of_drawing_alone
+    points = [] if alone else course(study)
     tables = score_tables(study, best, last)
     prior = [bars(study, best, "drift", "pres"), bars(study, best, "class_diversity", "div")]
     panel_of = {panel.name: panel for panel in panels(study, seed)}
     grids = [panel for name, panel in panel_of.items() if name.startswith("steps_")]
     left_out, published = left_out_table(study), beside_the_paper(study, best, last)
     sections = [
+        Section("Ways of drawing", [*_there([trade_off(study, best)]), *way_maps(study, best)], _there([panel_of.get("ways")]), []),
         Section("Scores", [], [], [*tables[:2], *([published] if published else [])]),
-        Section("Over the steps of training", trajectories(study, points) + heat_maps(study, points), [], [course_table(points)]),
+        Section("Over the steps of training", _course(study, points), [], [course_table(points)], NO_COURSE if alone else ""),
         Section("Pictures on the way", [], grids, []),
         Section("The prior: PRES and DIV", _there(prior), _there([panel_of.get("class_drift")]), []),
         Section("Subject by subject", _there([paired_dots(study, key) for key in ANSWERING]), [], [tables[-1]]),
@@ -96,9 +104,13 @@ def make_report(study: Study, seed: int = 0) -> Report:
         Section("Reproducibility", [], [], [reproducibility(study)]),
     ]
     title = ", ".join(study.groups)
-    sections = [section for section in sections if section.plots or section.panels or any(table.rows for table in section.tables)]
+    sections = [one for one in sections if one.words or one.plots or one.panels or any(table.rows for table in one.tables)]
     beside = " ".join(cautions(study, best)) or None
     return Report(title, _question(study), answer(study, best), beside, _basis(study), study.header, sections, is_led(study, best))
+
+
+def _course(study: Study, points: Sequence[Point]) -> list[Plot]:
+    return trajectories(study, points) + heat_maps(study, points)
 
 
 def render(report: Report, template: str) -> str:
@@ -118,10 +130,10 @@ def render(report: Report, template: str) -> str:
 
 
 def breakable(text: str) -> Any:
-    """Returns text as HTML in which a setting may be broken behind its "=" and the commas of its list, rather than inside a word."""
+    """Returns text as HTML in which a setting may be broken between the words of its name, behind its "=" and the commas of its list."""
     from markupsafe import Markup
 
-    return Markup("<wbr>").join(re.split(r"(?<==)(?=\S)|(?<=,)(?=[A-Za-z])", text))
+    return Markup("<wbr>").join(re.split(r"(?<==)(?=\S)|(?<=,)(?=[A-Za-z])|(?<=[a-z][._])(?=[a-z._]+=)", text))
 
 
 def _question(study: Study) -> str:
@@ -133,18 +145,19 @@ def _question(study: Study) -> str:
 
 def _basis(study: Study) -> str:
     """Returns what the report rests on: arms, subjects, seeds, runs, the baseline, failures."""
-    seeds = {run.config.seed for run in study.runs}
-    counts = [(len(study.arms), "arm"), (len(study.subjects), "subject"), (len(seeds), "training seed"), (len(study.runs), "scored run")]
+    seeds, folders = {run.config.seed for run in study.runs}, {run.folder.path for run in study.runs}
+    counts = [(len(study.arms), "arm"), (len(study.subjects), "subject"), (len(seeds), "training seed"), (len(folders), "scored run")]
     words = ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+    words += f", each drawn in {len({run.suffix for run in study.runs})} ways" if study.is_drawn_again else ""
     words += f"; {len(study.left_out)} failed or unfinished" if study.left_out else ""
     baseline = f" Baseline: {study.baseline} ({study.baseline_reason})." if study.has_arms else ""
     return f"{words}.{baseline}"
 
 
 def _place(study: Study) -> Path:
-    paths = [run.folder.path for run in study.runs]
+    paths = {run.folder.path for run in study.runs}
     if len(paths) == 1 and not study.left_out:
-        return paths[0]
+        return paths.pop()
     parents = {path.parent for path in paths}
     if len(parents) > 1:
         raise UserError("--output", "must be said when the runs lie in several folders", None, "write --output runs/comparison")

@@ -44,7 +44,7 @@ class Panel(NamedTuple):
 
 
 def panels(study: Study, seed: int) -> list[Panel]:
-    """Returns the panels of a study: steps x prompts for every arm, the class before and after, the nearest photos.
+    """Returns the panels of a study: steps x prompts for every trained arm, ways of drawing x prompts, the class before and after, nearest photos.
 
     Args:
         study: the runs.
@@ -55,7 +55,8 @@ def panels(study: Study, seed: int) -> list[Panel]:
         next((r for r in study.of_arm(arm) if (r.subject, r.config.seed) == (subject, training_seed)), study.of_arm(arm)[0]) for arm in study.arms
     ]
     said = f"Drawn at random (seed {seed}), not chosen: subject {subject}, training seed {training_seed}"
-    found = [_steps(run, k, seed, said) for k, run in enumerate(shown)]
+    found = [] if study.is_of_drawing_alone else [_steps(run, k, seed, said) for k, run in enumerate(shown) if not run.suffix]
+    found += [_ways(shown, seed, said)] if study.is_drawn_again else []
     return [panel for panel in (*found, _class_strip(shown, seed, said), _nearest(study, shown, seed, said)) if panel is not None]
 
 
@@ -97,8 +98,7 @@ def _steps(run: ScoredRun, number: int, seed: int, said: str) -> Panel | None:
     folders = (
         [folders[k] for k in dict.fromkeys(np.linspace(0, len(folders) - 1, min(MOST_STEPS, len(folders))).round().astype(int))] if folders else []
     )
-    photos = sorted((run.folder.path / "photos").glob("*.png"))[: len(drawn)]
-    rows = [Row("photos", _padded([Picture(path, f"photo {k + 1} of {run.subject}") for k, path in enumerate(photos)], len(drawn)))]
+    rows = [_photos(run, len(drawn))]
     for folder in folders:
         step = int(folder.name.removeprefix("step-"))
         label = f"step {step}" if step else "un-tuned"
@@ -109,16 +109,35 @@ def _steps(run: ScoredRun, number: int, seed: int, said: str) -> Panel | None:
     return Panel(f"steps_{number}", f"Steps x prompts: {run.arm}", caption, [_prompt(item) for item in drawn], rows)
 
 
+def _ways(shown: Sequence[ScoredRun], seed: int, said: str) -> Panel:
+    """Returns the final pictures of every way of drawing: a row a way, a column a prompt, down a column the same noise."""
+    drawn = _draw_columns([item for item in final_plan(shown[0].config) if item.kind == "subject"], seed)
+    rows = [_photos(shown[0], len(drawn))]
+    for run in shown:
+        plan = final_plan(run.config)
+        names = dict(zip(plan, image_names(plan), strict=True))
+        cells = [_picture(run.pictures / "best" / names[item], f"{run.arm}: {item.prompt}") for item in drawn]
+        rows.append(Row(run.arm.replace("sampling.", ""), cells))
+    caption = f"{said}; prompts and noise. At the chosen step, on prompts that chose nothing. Down a column the prompt and the noise stay the same."
+    return Panel("ways", "Ways of drawing x prompts", caption, [_prompt(item) for item in drawn], rows)
+
+
+def _photos(run: ScoredRun, count: int) -> Row:
+    paths = sorted((run.folder.path / "photos").glob("*.png"))[:count]
+    return Row("photos", _padded([Picture(path, f"photo {k + 1} of {run.subject}") for k, path in enumerate(paths)], count))
+
+
 def _class_strip(shown: Sequence[ScoredRun], seed: int, said: str) -> Panel | None:
     """Returns what the class alone looks like before and after: the same noise for the un-tuned base and every arm."""
     first = shown[0]
     items = [item for item in final_plan(first.config) if item.kind == "class"]
     drawn = sorted(_rng(seed, "class").permutation(len(items))[:MOST_COLUMNS].tolist())
     rows = []
-    for run, arm, label in [(first, "base", "un-tuned base"), *((run, "best", _step_label(run)) for run in shown)]:
+    base = f"un-tuned base, {first.arm}" if any(run.suffix for run in shown) else "un-tuned base"
+    for run, arm, label in [(first, "base", base), *((run, "best", _step_label(run)) for run in shown)]:
         plan = final_plan(run.config)
         names = [name for item, name in zip(plan, image_names(plan), strict=True) if item.kind == "class"]
-        folder = run.folder.path / "samples" / "final" / arm
+        folder = run.pictures / arm
         cells = [_picture(folder / names[k], f"{label}: {items[k].prompt}, noise {k}") if k < len(names) else None for k in drawn]
         rows.append(Row(label, cells))
     if not any(cell for row in rows for cell in row.pictures):
@@ -132,14 +151,15 @@ def _nearest(study: Study, shown: Sequence[ScoredRun], seed: int, said: str) -> 
     """Returns pictures of each arm over the training photo that is nearest to each of them, as a check for copies."""
     rows = []
     for run in shown:
-        images = study.images[(study.images.run == run.folder.path.name) & (study.images.arm == "best") & (study.images.kind == "subject")]
+        own = study.images[(study.images.run == run.folder.path.name) & (study.images.label == run.arm)]
+        images = own[(own.arm == "best") & (own.kind == "subject")]
         drawn = images.iloc[sorted(_rng(seed, "nearest").permutation(len(images))[:MOST_COLUMNS])]
         plan = final_plan(run.config)
         names = {(item.template, item.key[-1]): name for item, name in zip(plan, image_names(plan), strict=True) if item.kind == "subject"}
         photos = sorted((run.folder.path / "photos").glob("*.png"))
         made, near = [], []
         for row in drawn.itertuples():
-            path = run.folder.path / "samples" / "final" / "best" / names.get((row.template, row.k), "missing")
+            path = run.pictures / "best" / names.get((row.template, row.k), "missing")
             made.append(_picture(path, f"{run.arm}, chosen step: {row.prompt}"))
             near.append(_near(photos, row.nearest_photo_index, row.nearest_photo, run.subject))
         rows += [Row(_step_label(run), made), Row("nearest photo", near)]

@@ -26,15 +26,17 @@ UNITS = {"training": "s", "whole run": "s", "peak memory": "bytes", "peak GPU me
 
 def cost_table(study: Study) -> Table:
     """Returns what each arm cost, means over its runs: what learned, steps a second, seconds, memory, the file, and money where a price is set."""
-    columns = {name: [_cost(study, arm, name) for arm in study.arms] for name in COSTS}
+    models = study.models
+    columns = {name: [_cost(runs, name) for runs in models.values()] for name in COSTS}
     shown = [name for name, cells in columns.items() if any(cell != "-" for cell in cells)]
-    rows = [[arm, str(len(study.of_arm(arm))), *(columns[name][k] for name in shown)] for k, arm in enumerate(study.arms)]
+    rows = [[arm, str(len(models[arm])), *(columns[name][k] for name in shown)] for k, arm in enumerate(models)]
     note = "Means over the runs of an arm; a run in the same process as others has the process's peak memory."
+    note += " Of the training and the runs' own drawing: what drawing again took is not measured." if study.is_drawn_again else ""
     return Table("Costs", note, ["arm", "runs", *shown], rows)
 
 
-def _cost(study: Study, arm: str, name: str) -> str:
-    values = [value for run in study.of_arm(arm) if (value := COSTS[name](run)) is not None]
+def _cost(runs: Sequence[ScoredRun], name: str) -> str:
+    values = [value for run in runs if (value := COSTS[name](run)) is not None]
     if not values:
         return "-"
     mean, unit = sum(values) / len(values), UNITS.get(name)
@@ -68,25 +70,29 @@ def _learned(run: ScoredRun) -> tuple[int | None, int | None]:
 
 
 def left_out_table(study: Study) -> Table | None:
-    """Returns the runs that failed, were not finished or have no scores, with the reason; None where there are none."""
+    """Returns the runs that failed, were not finished or have no scores, and ways of drawing that lack some, with the reason; None without any."""
     if not study.left_out:
         return None
     words = {"failed": "failed", "running": "not finished", "done": "not scored"}
-    rows = [[one.name, one.arm, one.subject, str(one.seed), words.get(one.status, one.status), one.reason] for one in study.left_out]
+    rows = [
+        [one.name, one.arm, one.subject, "" if one.seed is None else str(one.seed), words.get(one.status, one.status), one.reason]
+        for one in study.left_out
+    ]
     return Table("Failed and unfinished runs", "They are in no figure above.", ["run", "arm", "subject", "seed", "state", "reason"], rows)
 
 
 def reproducibility(study: Study) -> Table:
     """Returns what it takes to get the same numbers again: code, inputs, evaluator, prompts, seeds, versions, hours."""
-    records, configs = [run.folder.record for run in study.runs], [run.config for run in study.runs]
-    first = configs[0]
+    models, configs = study.models, [run.config for run in study.runs]
+    runs = [run for own in models.values() for run in own]
+    records, first = [run.folder.record for run in runs], configs[0]
     versions = {f"{name} {version}" for record in records for name, version in record.get("versions", {}).items()}
     hours = sum(sum(record.get("seconds", {}).values()) for record in records) / 3600
     rule = first.evaluation
     base = "above, those of the run's own un-tuned base; where no step has both, the one that breaks them least"
     limits = f"alignment at least {rule.min_alignment_ratio:g} times, drift at most {rule.max_drift_gain:g} {base}"
     entries = {
-        "command": [study.header["Command"]] if "Command" in study.header else [],
+        "command": [study.header[word] for word in ("Command", *(["Then"] if study.is_drawn_again else [])) if word in study.header],
         "code": sorted({str(record.get("git_revision")) for record in records}),
         "base": [str(path) for path in dict.fromkeys(config.base.path for config in configs)],
         **{f"digest of {name.replace('_', ' ')}": _digests(records, name) for name in ("base", "photos", "class_images")},
@@ -94,7 +100,7 @@ def reproducibility(study: Study) -> Table:
         "selection prompts": [_prompts([config.evaluation.selection_prompts for config in configs])],
         "final prompts": [_prompts([config.evaluation.final_prompts for config in configs])],
         "the step is chosen by": [f"highest identity fidelity on the selection prompts with {limits}"],
-        "chosen steps": [f"{arm}: {', '.join(str(run.folder.record.get('best_step')) for run in study.of_arm(arm))}" for arm in study.arms],
+        "chosen steps": [f"{arm}: {', '.join(str(run.folder.record.get('best_step')) for run in own)}" for arm, own in models.items()],
         "runs with a step within the limits": [f"{arm}: {runs - unmet} of {runs}" for arm, (unmet, runs) in unmet_limits(study).items()],
         "subjects": study.subjects,
         "training seeds": sorted({str(config.seed) for config in configs}),
@@ -102,7 +108,7 @@ def reproducibility(study: Study) -> Table:
         "sampling": sorted({", ".join(f"{key} {value}" for key, value in to_plain(config.sampling).items()) for config in configs}),
         "versions": [", ".join(sorted(versions))] + sorted({f"Python {record.get('python')}" for record in records}),
         "run": [f"{min(r.get('started', '') for r in records)} to {max(r.get('finished', '') for r in records)}, {hours:.2f} hours of work in all"],
-        "run folders": [run.folder.path.name for run in study.runs],
+        "run folders": [run.folder.path.name for run in runs],
     }
     rows = [[key, "; ".join(values)] for key, values in entries.items() if values]
     return Table("To get the same numbers again", "", ["", ""], rows)
@@ -110,7 +116,7 @@ def reproducibility(study: Study) -> Table:
 
 def unmet_limits(study: Study) -> dict[str, tuple[int, int]]:
     """Returns for each arm how many runs had no step within the limits of the choice, of how many that say why they chose theirs."""
-    reasons = {arm: [str(reason) for run in study.of_arm(arm) if (reason := run.folder.record.get("best_step_reason"))] for arm in study.arms}
+    reasons = {arm: [str(reason) for run in runs if (reason := run.folder.record.get("best_step_reason"))] for arm, runs in study.models.items()}
     return {arm: (sum(reason.startswith(NONE_WITHIN) for reason in said), len(said)) for arm, said in reasons.items() if said}
 
 

@@ -21,7 +21,7 @@ BY_INTERVAL_WORDS = (
     f'"{BY_INTERVAL.capitalize()}": the interval leaves out 0, but the test, corrected for the number of arms, stays above {SHOWN_P:g}.'
 )
 RANGES = {  # of bounded scores; a resampled mean may be set out over their ends, where no score can lie
-    **dict.fromkeys(("identity_fidelity", "image_fidelity", "masked_identity"), (-1.0, 1.0)),
+    **dict.fromkeys(("identity_fidelity", "identity_fidelity_dinov2", "image_fidelity", "masked_identity"), (-1.0, 1.0)),
     **dict.fromkeys(("prompt_alignment", "prompt_alignment_with_identifier", "drift"), (-1.0, 1.0)),
     **dict.fromkeys(("diversity", "class_diversity", "other_class_drift"), (0.0, 2.0)),  # 1 - cosine
     **dict.fromkeys(("true_identity", "true_context", "other_class_color_drift"), (0.0, 1.0)),

@@ -86,7 +86,7 @@ def _agreement_words(images: pd.DataFrame, column: str, truth: str) -> str:
 
 def each_once(images: pd.DataFrame) -> pd.DataFrame:
     """Returns the images without those that stand in the table twice: a chosen step that is the last one, an un-tuned base that runs share."""
-    tuned = images[images.step > 0].drop_duplicates(["run", "step", "template", "k"])
+    tuned = images[images.step > 0].drop_duplicates(["run", "label", "step", "template", "k"])
     base = images[images.step == 0].drop_duplicates(["subject", "template", "k", "identity"])  # other ones where the drawing differs
     return pd.concat([base, tuned], ignore_index=True)
 
@@ -96,9 +96,9 @@ def _way(study: Study) -> Table:
     for arm in study.arms:
         best = study.images[(study.images.label == arm) & (study.images.arm == "best") & (study.images.kind == "subject")]
         truth = [clipped(hierarchical_interval(best[column], best.subject, best.seed), column) for column in ("true_identity", PLACE)]
-        seconds = [sum(run.folder.record.get("seconds", {}).values()) for run in study.of_arm(arm)]
+        seconds = [sum(run.folder.record.get("seconds", {}).values()) for run in study.of_arm(arm) if not run.suffix]
         share = way_closed(study, arm)
-        rows.append([arm, short(share), *map(short, truth), f"{sum(seconds) / len(seconds) / 60:.1f}"])
+        rows.append([arm, short(share), *map(short, truth), f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "drawn again"])
     note = (
         "At the chosen step, on prompts whose places are in no photo. The way: from the un-tuned base's identity fidelity (0) to that of true renders"
         " of the subject in these places (1). True identity: the share of other subjects of the class that a picture resembles less (0.5 by chance)."
