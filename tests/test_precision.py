@@ -47,6 +47,7 @@ def configured(make_config: Callable[..., Config], tiny_folder: Callable[..., Pa
         changes = {
             "base.path": str(tiny_folder("sd1", kind)),
             "trainer.precision": precision,
+            "data.resolution": 32,
             "trainer.max_steps": 2,
             "prior.name": "self_distilled",
             "objective.weighting": "min_snr",
