@@ -290,7 +290,7 @@ def test_evaluation_of_many_that_is_killed_and_continued_gives_the_same_table(gr
 def with_dinov2(group: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the group whose runs are scored again, with DINOv2 beside their own encoders."""
     root = tmp_path_factory.mktemp("dinov2")
-    runs = Path(shutil.copytree(group, root / "group", ignore=shutil.ignore_patterns("last.ckpt", "combined*")))
+    runs = Path(shutil.copytree(group, root / "group", ignore=shutil.ignore_patterns("last.ckpt", "combined*", "scores-*")))
     again(runs, encoders=replace(one(runs).config.encoders, dinov2_path=str(build_tiny_dinov2(root / "network"))))
     return runs
 
