@@ -38,7 +38,7 @@ def test_normal_leaves_torchs_own_state_alone() -> None:
     "draw", [lambda: normal((64,), NOISE, 0, 5, 2), lambda: torch.tensor(uniform(NOISE, 0, 5, 2), dtype=torch.float64)], ids=["normal", "uniform"]
 )
 def test_numbers_do_not_hear_of_torchs_default_dtype(draw: Callable[[], torch.Tensor]) -> None:
-    """Lightning's bf16-true sets it to bfloat16 in a training step: the noise was coarse then, and another one than in other precisions."""
+    """Lightning's bf16-true sets it to bfloat16 in a training step: the noise was rounded to it, so arms of another precision saw other noise."""
     exact = draw()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -30,6 +30,7 @@ HARD = (  # all that could remember something: accumulation, random crops, flips
     "optim.warmup_steps=2",
     "optim.learning_rate=1e-3",
     "subject.class_noun=dog",
+    *LEAST,
 )
 FULL = ("method.train_text_encoder=true", "method.train_token=true")
 METHODS = {
@@ -45,7 +46,6 @@ SHORT = (
     "trainer.eval_every=2",
     "trainer.accumulate_grad_batches=1",
     "optim.token_learning_rate=1e-2",
-    *LEAST,
 )
 
 
