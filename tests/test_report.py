@@ -382,8 +382,12 @@ def test_answer_about_two_arms_does_not_speak_of_the_untuned_base(write_group: C
     assert "the subject was learned" in " ".join(answer(alone, compare(alone)))
 
 
-def test_setting_breaks_between_words_and_behind_its_sign_and_not_inside_a_word_and_stays_escaped() -> None:
-    assert str(breakable("subject.prompt_noun=mushroom, last step")) == "subject.<wbr>prompt_<wbr>noun=<wbr>mushroom, last step"
+def test_setting_breaks_between_the_words_of_its_name_where_it_is_narrow() -> None:
+    assert str(breakable("subject.prompt_noun=mushroom, last step", True)) == "subject.<wbr>prompt_<wbr>noun=<wbr>mushroom, last step"
+
+
+def test_setting_breaks_behind_its_sign_and_not_inside_a_word_and_stays_escaped() -> None:
+    assert str(breakable("subject.prompt_noun=mushroom, last step")) == "subject.prompt_noun=<wbr>mushroom, last step"
     assert str(breakable("modules=[to_q,to_k]")) == "modules=<wbr>[to_q,<wbr>to_k]"
     assert str(breakable("6,103,848 of <b>")) == "6,103,848 of &lt;b&gt;"
 

@@ -129,11 +129,17 @@ def render(report: Report, template: str) -> str:
     return environment.get_template(template).render(context)
 
 
-def breakable(text: str) -> Any:
-    """Returns text as HTML in which a setting may be broken between the words of its name, behind its "=" and the commas of its list."""
+def breakable(text: str, is_narrow: bool = False) -> Any:
+    """Returns text as HTML in which a setting may be broken behind its "=" and the commas of its list, rather than inside a word.
+
+    Args:
+        text: with settings in it, or without.
+        is_narrow: there is no room for a whole name, so it may be broken between its words too.
+    """
     from markupsafe import Markup
 
-    return Markup("<wbr>").join(re.split(r"(?<==)(?=\S)|(?<=,)(?=[A-Za-z])|(?<=[a-z][._])(?=[a-z._]+=)", text))
+    places = r"(?<==)(?=\S)|(?<=,)(?=[A-Za-z])" + (r"|(?<=[a-z][._])(?=[a-z._]+=)" if is_narrow else "")
+    return Markup("<wbr>").join(re.split(places, text))
 
 
 def _question(study: Study) -> str:
