@@ -2,13 +2,18 @@
 
 import dataclasses
 
+import torch
+
 from dreambooth.adapters.lora import Lora
-from dreambooth.adapters.methods import Full
+from dreambooth.adapters.methods import CrossAttentionKV, Full
 from dreambooth.adapters.textual_inversion import PivotalTuning, TextualInversion
 from dreambooth.config import Config
 from dreambooth.errors import ConfigError
 from dreambooth.objective import Objective
+from dreambooth.optimization import AdamW, AdamW8bit
 
+BFLOAT16_SHARE = 2.0**-8  # half the distance to the next number, of the number itself: a smaller update is rounded away
+USUAL_WEIGHT = 0.01  # of a UNet: most of its weights are larger
 PEOPLE = frozenset(
     "person people persons human humans man men woman women boy boys girl girls guy lady gentleman child children kid kids baby toddler teenager "
     "adult face portrait selfie actor actress singer celebrity mother father mom dad sister brother son daughter wife husband bride groom".split()
@@ -44,7 +49,7 @@ def odd_settings(config: Config) -> list[str]:
     Args:
         config: resolved.
     """
-    return [told for told in (_prior_that_teaches_nothing(config), _mirrored_people(config)) if told]
+    return [told for told in (check(config) for check in (_prior_that_teaches_nothing, _mirrored_people, _lost_updates, _no_half_precision)) if told]
 
 
 def _prior_that_teaches_nothing(config: Config) -> str | None:
@@ -63,3 +68,22 @@ def _mirrored_people(config: Config) -> str | None:
     if not config.data.flip or noun is None:
         return None
     return f"data.flip=true mirrors the photos of a {noun}: a face has a left and a right, and its likeness suffers; add data.flip=false"
+
+
+def _lost_updates(config: Config) -> str | None:
+    """Tells of weights in bfloat16 that learn in steps too small for them; AdamW's steps are about as large as its rate."""
+    rate = config.optim.learning_rate
+    if config.trainer.precision != "bf16-true" or not isinstance(config.method, Full | CrossAttentionKV):
+        return None  # the weights of an adapter begin at 0
+    if not isinstance(config.optim, AdamW | AdamW8bit) or not rate or rate / BFLOAT16_SHARE >= USUAL_WEIGHT:
+        return None
+    told = f"trainer.precision=bf16-true rounds steps of optim.learning_rate={rate:g} away in every weight above {rate / BFLOAT16_SHARE:.2g}, "
+    return told + "which is most of them, so little is learned; add trainer.precision=bf16-mixed"
+
+
+def _no_half_precision(config: Config) -> str | None:
+    """Tells of the float16 that Lightning replaces on a CPU."""
+    if config.trainer.precision != "16-mixed" or config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        return None
+    told = "trainer.precision=16-mixed is bf16-mixed on a CPU, whatever run.json says; "
+    return told + "add trainer.precision=bf16-mixed or 32-true"

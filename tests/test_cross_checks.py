@@ -93,6 +93,41 @@ def test_odd_settings_see_the_face_of_a_further_subject(make_config: MakeConfig)
     assert "a woman" in odd_settings(make_config({"data.flip": True, "extra_subjects": [extra]}))[0]
 
 
+@pytest.mark.parametrize("name", ["full", "cross_attention_kv"])
+def test_odd_settings_tell_of_updates_that_bfloat16_rounds_away(make_config: MakeConfig, name: str) -> None:
+    settings = {"method.name": name, "trainer.precision": "bf16-true", "optim.learning_rate": 5e-6}
+    (sentence,) = odd_settings(make_config(settings))
+    assert sentence.startswith("trainer.precision=bf16-true rounds steps of optim.learning_rate=5e-06 away in every weight above 0.0013")
+    assert odd_settings(make_config(settings | {"optim.learning_rate": 4e-4})) == []
+    assert odd_settings(make_config(settings | {"trainer.precision": "bf16-mixed"})) == []
+
+
+def test_odd_settings_have_nothing_to_say_of_bfloat16_where_steps_have_a_size_of_their_own(make_config: MakeConfig) -> None:
+    small = {"trainer.precision": "bf16-true", "optim.learning_rate": 5e-6}
+    assert odd_settings(make_config(small | {"method.name": "lora"})) == []
+    assert odd_settings(make_config({"trainer.precision": "bf16-true", "optim.name": "prodigy", "optim.learning_rate": 1.0})) == []
+
+
+@pytest.mark.parametrize(("weight", "moves"), [(0.00125, True), (0.003, False)])
+def test_bfloat16_loses_an_update_where_it_is_said(weight: float, moves: bool) -> None:
+    parameter = torch.nn.Parameter(torch.tensor([weight], dtype=torch.bfloat16))
+    before, optimizer = parameter.detach().clone(), torch.optim.AdamW([parameter], lr=5e-6, weight_decay=0.0)
+    parameter.square().sum().backward()
+    optimizer.step()
+    assert bool(parameter != before) is moves
+
+
+def test_odd_settings_tell_that_a_cpu_has_no_half_precision(make_config: MakeConfig) -> None:
+    (sentence,) = odd_settings(make_config({"trainer.precision": "16-mixed", "trainer.accelerator": "cpu"}))
+    assert sentence.startswith("trainer.precision=16-mixed is bf16-mixed on a CPU") and "add trainer.precision=bf16-mixed" in sentence
+
+
+def test_odd_settings_have_nothing_to_say_of_half_precision_on_a_gpu(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert odd_settings(make_config({"trainer.precision": "16-mixed", "trainer.accelerator": "auto"})) == []
+    assert len(odd_settings(make_config({"trainer.precision": "16-mixed", "trainer.accelerator": "cpu"}))) == 1
+
+
 def test_odd_settings_are_among_what_a_run_says_at_its_start(make_config: MakeConfig) -> None:
     found = before_loading(make_config({"data.flip": True, "subject.class_noun": "person", "subject.identifier": "purple"}), ["a purple person"])
     assert found[0].startswith("data.flip=true")
