@@ -116,15 +116,17 @@ class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019); the identifier's row is never decayed."""
 
     name: str = "adamw"
-    fused: bool | None = None  # one kernel for all parameters; null: on a GPU, unless precision is 16-mixed, which cannot clip gradients then
+    fused: bool | None = None  # one kernel for all parameters; null: yes, unless precision is mixed: Lightning clips no gradients then
 
     def check(self, device: str, precision: str) -> None:
-        if self.fused and precision == "16-mixed":
-            raise ConfigError("optim.fused", "must not be true with trainer.precision=16-mixed, whose gradients it cannot clip", True, "leave it out")
+        if self.fused and precision.endswith("-mixed"):
+            raise ConfigError(
+                "optim.fused", f"must not be true with trainer.precision={precision}, whose gradients it cannot clip", True, "leave it out"
+            )
 
     def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
-        on_gpu = all(p.is_cuda for group in groups for p in group.parameters)
-        fused = on_gpu and precision != "16-mixed" if self.fused is None else self.fused
+        devices = {p.device.type for group in groups for p in group.parameters}
+        fused = devices in ({"cpu"}, {"cuda"}) and not precision.endswith("-mixed") if self.fused is None else self.fused
         return torch.optim.AdamW(self.settings(groups), betas=tuple(self.betas), eps=self.eps, fused=fused)
 
 

@@ -126,9 +126,14 @@ def test_group_factors_of_several_groups_are_their_own() -> None:
     assert ([first(0), first(1)], [second(0), second(1)]) == ([1, 0], [0, 1])
 
 
-@pytest.mark.parametrize(("fused", "expected"), [(None, False), (True, True), (False, False)])
-def test_adamw_fused_on_a_cpu_is_as_asked(fused: bool | None, expected: bool) -> None:
+@pytest.mark.parametrize(("fused", "expected"), [(None, True), (True, True), (False, False)])
+def test_adamw_fused_is_as_asked_and_so_by_itself(fused: bool | None, expected: bool) -> None:
     assert bool(AdamW(**RATES, fused=fused).build(groups("unet")).param_groups[0]["fused"]) is expected
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("32-true", True), ("bf16-true", True), ("16-mixed", False), ("bf16-mixed", False)])
+def test_adamw_is_not_fused_by_itself_where_lightning_could_not_clip(precision: str, expected: bool) -> None:
+    assert bool(AdamW(**RATES).build(groups("unet"), precision).param_groups[0]["fused"]) is expected
 
 
 def test_adamw_fused_step_is_the_plain_one() -> None:
@@ -143,9 +148,10 @@ def test_adamw_fused_step_is_the_plain_one() -> None:
     torch.testing.assert_close(*ends, atol=1e-7, rtol=1e-6)
 
 
-def test_adamw_fused_is_refused_with_a_loss_scaler() -> None:
-    with pytest.raises(ConfigError, match="optim.fused must not be true with trainer.precision=16-mixed"):
-        AdamW(fused=True).check("cuda", "16-mixed")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_adamw_fused_is_refused_where_lightning_could_not_clip(precision: str) -> None:
+    with pytest.raises(ConfigError, match=f"optim.fused must not be true with trainer.precision={precision}"):
+        AdamW(fused=True).check("cuda", precision)
 
 
 def test_adamw8bit_is_refused_without_a_gpu_in_one_sentence() -> None:
