@@ -22,7 +22,7 @@ from dreambooth.statistics.intervals import Interval, paired_difference
 pytestmark = pytest.mark.science
 
 SUBJECTS = ("dog", "car", "duck")
-LAST, EARLY = 150, 50
+LAST, EARLY = 200, 50
 MEANT = 0.15  # smallest difference that counts for the prior: two trainings that differ in nothing but its ignored weight came 0.02 apart
 SWEEPS = ("prior=class_images,none", "prior=none subject.prompt_noun=mushroom")
 SIZE = [f"trainer.max_steps={LAST}", f"trainer.eval_every={EARLY}", "evaluation.class_images=16", "evaluation.final_images=2", "wandb.mode=disabled"]
