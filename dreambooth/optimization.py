@@ -111,6 +111,11 @@ class Adam(Optimizer):
         ]
 
 
+def _clips_when_fused(precision: str) -> bool:
+    """Returns whether Lightning clips the gradients of a fused optimiser: under no mixed precision, bf16-mixed included."""
+    return not precision.endswith("-mixed")
+
+
 @dataclass(slots=True)
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019); the identifier's row is never decayed."""
@@ -119,14 +124,13 @@ class AdamW(Adam):
     fused: bool | None = None  # one kernel for all parameters; null: yes, unless precision is mixed: Lightning clips no gradients then
 
     def check(self, device: str, precision: str) -> None:
-        if self.fused and precision.endswith("-mixed"):
-            raise ConfigError(
-                "optim.fused", f"must not be true with trainer.precision={precision}, whose gradients it cannot clip", True, "leave it out"
-            )
+        if self.fused and not _clips_when_fused(precision):
+            rule = f"must not be true with trainer.precision={precision}, whose gradients it cannot clip"
+            raise ConfigError("optim.fused", rule, True, "leave it out")
 
     def build(self, groups: list[ParamGroup], precision: str = "32-true") -> torch.optim.Optimizer:
         devices = {p.device.type for group in groups for p in group.parameters}
-        fused = devices in ({"cpu"}, {"cuda"}) and not precision.endswith("-mixed") if self.fused is None else self.fused
+        fused = devices in ({"cpu"}, {"cuda"}) and _clips_when_fused(precision) if self.fused is None else self.fused
         return torch.optim.AdamW(self.settings(groups), betas=tuple(self.betas), eps=self.eps, fused=fused)
 
 
