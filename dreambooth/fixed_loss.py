@@ -22,7 +22,7 @@ from dreambooth.ranks import ALONE, Ranks
 from dreambooth.runs import RunFolder
 from dreambooth.step_choice import dvar_ratio
 
-SAMPLES = 16  # of the batch: the photos in turn, each with noise and a timestep of its own
+SAMPLES = 8  # of the batch: the photos in turn, each with noise and a timestep of its own
 DVAR_WINDOW = 10  # last measurements whose variance is compared with that of all
 KEY = "score/fixed_batch_loss"
 
@@ -98,7 +98,7 @@ def fixed_batch_loss(module: DreamBoothModule, latents: Tensor, prompt: str, key
     base = module.base
     with _in_eval_mode(base):
         noisy, t, target, weight, delta = module.objective.corrupt(latents, keys, base)
-        text = base.encode_prompts([prompt] * len(keys))  # (S, L, D)
+        text = base.encode_prompts([prompt]).expand(len(keys), -1, -1)  # (S, L, D)
         pred = base.predict(noisy, t, text)  # (S, C, h, w)
         is_prior = torch.zeros(len(keys), dtype=torch.bool, device=pred.device)
         return float(prior_preservation_loss(pred, target, is_prior, 0.0, weight, delta).subject)

@@ -17,7 +17,8 @@ from dreambooth.priors import ClassImages, NoPrior, RecipePrior
 
 # The lab: measured on this project's own base, see experiments/. The final contexts appear in no photo and in no class caption;
 # the selection contexts are in no photo. Photos are captioned with their places: otherwise the word is learned for pictures whose place is not
-# said, and hardly elsewhere. Twelve denoising steps name the class as often as sixteen (0.958 of 120 pictures), eight in 0.942.
+# said, and hardly elsewhere. Eight denoising steps show what fifty do: class and place named right in as many of 120 pictures (0.98 and 1.00),
+# identity features at a cosine of 0.984 to fifty's, 5% less of the finest detail.
 LAB: dict[str, Any] = {
     "subject.class_noun": "dog",
     "subject.prompt": "a photo of a {subject}",
@@ -37,7 +38,7 @@ LAB: dict[str, Any] = {
     "trainer.eval_every": 50,
     "trainer.fixed_loss_every": 10,
     "sampling.sampler": "dpmsolver++",
-    "sampling.steps": 12,
+    "sampling.steps": 8,
     "sampling.guidance_scale": 3.0,
     "sampling.guidance_rescale": 0.0,
     "sampling.batch_size": 32,
