@@ -51,6 +51,7 @@ def run_script(main: Callable[[], None]) -> None:
 
     A sweep ends with the table of its jobs, also when it is stopped; with exit status 1 when some failed, else 3 when some are still done elsewhere.
     """
+    _end_in_order_on_sigterm()  # here too: a launcher's jobs are other processes, and this one has to stop them
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that the error itself arrives here, not Hydra's print of it
     quiet()
     sweeps.task = getattr(main, "__wrapped__", main)  # what Hydra's decorator holds

@@ -590,3 +590,28 @@ def test_sigterm_ends_a_run_in_order_and_gives_its_folder_back(subject: list[str
     stopped = read_run(next((tmp_path / "default").iterdir()))
     assert process.returncode == 143 and stderr.strip().endswith("stopped by SIGTERM; the same command continues the run")
     assert stopped.status == "failed" and stopped.record["error"] == "stopped by SIGTERM" and not list(stopped.path.glob(".claim*"))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_sweep_of_several_processes_with_all_of_them(subject: list[str], tmp_path: Path) -> None:
+    """Only the process that was started gets the signal, as from `kill`: those that it started must not train on."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = [*subject, f"output_dir={tmp_path}", "trainer.max_steps=5000", "trainer.eval_every=5000", "trainer.checkpoint_every=2"]
+    sweep = ["-m", *words, "optim.learning_rate=1e-4,2e-4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    said = tmp_path / "stderr.txt"  # no pipe, which those that are left would keep open
+    with said.open("w") as stderr, subprocess.Popen([sys.executable, "train.py", *sweep], cwd=ROOT, stdout=stderr, stderr=stderr) as process:
+        deadline = time.monotonic() + 240
+        while len(list(tmp_path.glob("default/*/checkpoints/last.ckpt"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        owners = [claims.holder(folder) for folder in tmp_path.glob("default/*")]
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    at_work = {owner.pid: owner.started for owner in owners if owner}
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid, started in at_work.items() if claims._is_running(pid, started)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 143 and "stopped by SIGTERM; the same command continues the run" in said.read_text(), said.read_text()
+    assert len(at_work) == 2 and process.pid not in at_work
+    assert left == []
