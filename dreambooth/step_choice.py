@@ -63,8 +63,9 @@ def choose_step(rows: Sequence[StepScores], min_alignment_ratio: float, max_drif
     """Returns the best step by a rule declared beforehand: the most faithful one that has not lost too much.
 
     The rule: of the steps whose prompt alignment is at least `min_alignment_ratio` times the base's and whose drift is at most
-    `max_drift_gain` above the base's, the one with the highest identity fidelity. If no step is admissible, the one that breaks
-    the limits least. Ties go to the earlier step. Steps with a NaN where the rule looks are chosen only if all are such: then the last.
+    `max_drift_gain` above the base's, the one with the highest identity fidelity. If no step is admissible, the one with the highest
+    identity fidelity less its breach (by how much cosine it breaks the limits, summed): the least breach alone would be that of the
+    step that has learned least. Ties go to the earlier step. Steps with a NaN where the rule looks are chosen only if all are such: then the last.
     Step 0, the base, is chosen only if it is the only row. A limit whose base score is missing does not bind, and the reason says so.
 
     Choosing as a run goes is choosing at its end: a row's rank depends on that row and the base alone, so the step chosen in the end
@@ -98,16 +99,18 @@ def choose_step(rows: Sequence[StepScores], min_alignment_ratio: float, max_drif
         best = max(admissible, key=lambda row: row.identity_fidelity)  # the earliest of equals
         words = f"step {best.step} has the highest identity fidelity, {best.identity_fidelity:.3f}"
         return Choice(best.step, f"{words}, of the {len(admissible)} of {len(tuned)} steps within the limits ({limits})")
-    best = min(judged, key=limits.violation)  # the earliest of equals
-    return Choice(best.step, f"no step is within the limits ({limits}); step {best.step} breaks them least: {_breach_words(best, limits)}")
+    best = max(judged, key=lambda row: row.identity_fidelity - limits.violation(row))  # the earliest of equals
+    worth = best.identity_fidelity - limits.violation(best)
+    words = f"step {best.step} has the highest identity fidelity less its breach, {worth:.3f}: {_breach_words(best, limits)}"
+    return Choice(best.step, f"no step is within the limits ({limits}); {words}")
 
 
 def stop_early(rows: Sequence[StepScores], patience: int, min_alignment_ratio: float, max_drift_gain: float) -> EarlyStop:
     """Returns whether a run should end, by the rule of `choose_step`: no better step within so many evaluations.
 
     The best step so far is the one that `choose_step` gives; each later evaluation that the rule could judge, and that did not take its
-    place, costs patience. So an admissible step that is more faithful starts the count anew, and while no step is admissible, one that
-    comes closer to the limits does. An evaluation that gave no scores is no evidence, and costs nothing.
+    place, costs patience. So an admissible step that is more faithful starts the count anew, and while no step is admissible, one whose
+    fidelity outweighs its breach by more does. An evaluation that gave no scores is no evidence, and costs nothing.
 
     Args:
         rows: the scores so far of one run, in any order, the un-tuned base among them as step 0.

@@ -297,7 +297,7 @@ def test_report_says_in_how_many_runs_no_step_was_within_the_limits(prior_group:
         path.write_text(json.dumps(record | {"best_step_reason": reasons["cat" not in path.parent.name]}))
     study = read_study([prior_group])
     assert unmet_limits(study) == {"prior=none": (4, 6)}  # the other arm's runs do not say
-    words = "In 4 of 6 runs no step was within the limits of the choice, and the one that breaks them least was taken."
+    words = "In 4 of 6 runs no step was within the limits of the choice, and the one with the highest identity fidelity less its breach was taken."
     report = make_report(study)
     assert words in report.caution and "each run's own un-tuned base" in report.caution
     rows = dict(report.sections[-1].tables[0].rows)

@@ -35,14 +35,19 @@ def test_choose_step_keeps_a_step_exactly_at_its_limits() -> None:
     assert choose_step([base, StepScores(100, 0.6, 0.30, 0.75), StepScores(200, 0.9, 0.285, 0.80)]).step == 200
 
 
-def test_choose_step_without_admissible_step_takes_the_smallest_violation_and_says_so() -> None:
-    rows = [BASE, StepScores(100, 0.6, 0.25, 0.15), StepScores(200, 0.9, 0.29, 0.22)]
-    choice = choose_step(rows)  # violations 0.035 and 0.02
-    assert choice.step == 200
+def test_choose_step_without_admissible_step_weighs_fidelity_against_the_breach_and_says_so() -> None:
+    rows = [BASE, StepScores(100, 0.6, 0.25, 0.15), StepScores(200, 0.65, 0.24, 0.26)]
+    choice = choose_step(rows)  # breaches 0.035 and 0.045 + 0.06: 0.6 - 0.035 = 0.565, 0.65 - 0.105 = 0.545
+    assert choice.step == 100
     assert choice.reason == (
         "no step is within the limits (prompt alignment at least 0.285 and drift at most 0.200); "
-        "step 200 breaks them least: drift 0.220 is 0.020 too high"
+        "step 100 has the highest identity fidelity less its breach, 0.565: prompt alignment 0.250 is 0.035 too low"
     )
+
+
+def test_choose_step_without_admissible_step_does_not_prefer_one_that_has_hardly_learned() -> None:
+    """The least breach is that of the step nearest to the base."""
+    assert choose_step([BASE, StepScores(100, 0.3, 0.28, 0.15), StepScores(200, 0.8, 0.27, 0.22)]).step == 200
 
 
 @pytest.mark.parametrize("alignment", [0.30, 0.20])

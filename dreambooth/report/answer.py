@@ -80,7 +80,7 @@ def _outside(study: Study) -> str | None:
         return None
     by_arm = [f"{count} of {total} of {arm}" for arm, (count, total) in counts.items()] if 1 < len(counts) <= MOST_NAMED else []
     where = f" ({', '.join(by_arm)})" if by_arm else " (arm by arm: see Reproducibility)" if len(counts) > 1 else ""
-    words = "no step was within the limits of the choice, and the one that breaks them least was taken."
+    words = "no step was within the limits of the choice, and the one with the highest identity fidelity less its breach was taken."
     return f"In {unmet} of {runs} runs{where} {words} The limits are relative to each run's own un-tuned base."
 
 

@@ -89,7 +89,7 @@ def reproducibility(study: Study) -> Table:
     versions = {f"{name} {version}" for record in records for name, version in record.get("versions", {}).items()}
     hours = sum(sum(record.get("seconds", {}).values()) for record in records) / 3600
     rule = first.evaluation
-    base = "above, those of the run's own un-tuned base; where no step has both, the one that breaks them least"
+    base = "above, those of the run's own un-tuned base; where no step has both, the highest identity fidelity less the breach"
     limits = f"alignment at least {rule.min_alignment_ratio:g} times, drift at most {rule.max_drift_gain:g} {base}"
     entries = {
         "command": [study.header[word] for word in ("Command", *(["Then"] if study.is_drawn_again else [])) if word in study.header],
