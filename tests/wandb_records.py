@@ -11,7 +11,11 @@ BLOCK = 32768
 
 
 def read_offline_run(folder: Path, timeout_s: float = 30) -> dict[str, Any]:
-    """Returns history (a list of rows), summary, config, group, name and project; waits for the exit record, which is flushed last."""
+    """Returns history (a list of rows), summary, config, group, name and project.
+
+    W&B's own process writes on after `finish`, a block at a time: read again until the exit record, the last one, is there whole.
+    """
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2 as wandb_pb
 
     path = next(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -20,7 +24,10 @@ def read_offline_run(folder: Path, timeout_s: float = 30) -> dict[str, Any]:
         found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "exit": False}
         for data in _records(path.read_bytes()):
             record = wandb_pb.Record()
-            record.ParseFromString(data)
+            try:
+                record.ParseFromString(data)
+            except DecodeError:  # its bytes are not all there yet
+                break
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 found["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
@@ -56,6 +63,8 @@ def _records(content: bytes) -> Iterator[bytes]:
             position += left
             continue
         data = content[position + 7 : position + 7 + length]
+        if len(data) < length:  # not all there yet
+            return
         position += 7 + length
         parts = data if kind in (1, 2) else parts + data  # 1 whole, 2 first, 3 middle, 4 last
         if kind in (1, 4):
