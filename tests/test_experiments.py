@@ -36,6 +36,7 @@ BRIEF = (  # two places to judge in the end, and no other classes
     *("evaluation.other_prompts=[]", "evaluation.selection_prompts=['a {subject} in a city']"),
     "evaluation.final_prompts=['a photo of a {subject} in the snow','a photo of a {subject} on the moon']",
 )
+SHARED = ("base_images", "class_banks", "oracle")  # beside the groups of runs, each work named by all that decides it
 WAYS = [("2.0", "dpmsolver++"), ("1.0", "ddim"), ("3.0", "ddim")]  # of a small run: its own, then drawn again
 TRAINS_NOTHING = ("evaluation", "encoders", "trainer.eval_every", "trainer.fixed_loss_every", "prior.class_dir", "prior.top_up")
 
@@ -96,8 +97,19 @@ def at_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(scope="module")
+def shared_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what runs share and any of them makes: the base's pictures, class images, the marks of the scores."""
+    folder = tmp_path_factory.mktemp("shared_work")
+    for name in SHARED:
+        (folder / name).mkdir()
+    return folder
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_runs_its_first_job(name: str, tiny_folder, tmp_path: Path) -> None:
+def test_experiment_runs_its_first_job(name: str, tiny_folder, shared_work: Path, tmp_path: Path) -> None:
+    for folder in SHARED:
+        (tmp_path / folder).symlink_to(shared_work / folder)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", [f"experiment={name}"], return_hydra_config=True)
     arms = [first_value(f"{key}={values}") for key, values in (cfg.hydra.sweeper.params or {}).items()]
@@ -110,6 +122,8 @@ def test_experiment_runs_its_first_job(name: str, tiny_folder, tmp_path: Path) -
         words += [f"base.path={tiny_folder()}", f"data.dreambench={make_dreambench(tmp_path / 'bench', {'backpack': 'backpack'})}"]
     elif OmegaConf.select(cfg, "base.path") != "lab":
         words += [f"base.path={tiny_folder()}", f"data.subject_dir={make_photos(tmp_path / 'photos')}", "subject.class_noun=dog"]
+    else:
+        words += BRIEF
     done = run(*words)
     assert done.status == "done" and done.record["steps"] == 2
     assert done.path.parent.name == name

@@ -24,8 +24,9 @@ pytestmark = pytest.mark.science
 SUBJECTS = ("dog", "car", "duck")
 LAST, EARLY = 200, 50
 MEANT = 0.15  # smallest difference that counts for the prior: two trainings that differ in nothing but its ignored weight came 0.02 apart
-SWEEPS = ("prior=class_images,none", "prior=none subject.prompt_noun=mushroom")
+SWEEPS = ("prior=class_images,none", f"prior=none subject.prompt_noun=mushroom trainer.max_steps={EARLY}")
 SIZE = [f"trainer.max_steps={LAST}", f"trainer.eval_every={EARLY}", "evaluation.class_images=16", "evaluation.final_images=2", "wandb.mode=disabled"]
+SIZE += ["evaluation.final_prompts=['a {subject} in the snow']"]  # of the final pictures those of other classes are read alone
 TWO_AT_ONCE = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 Pictures = Callable[[str, int], pd.DataFrame]  # (arm, step) -> one row a picture of the selection prompts, and of the class
 
@@ -35,8 +36,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[RunFolder]]
     """One run of each arm for each subject."""
     folder, found = tmp_path_factory.mktemp("patterns"), {}
     for words in SWEEPS:
-        sweep = [*words.split(), f"subject.class_noun={','.join(SUBJECTS)}", f"output_dir={folder}"]
-        result = typed("-m", *sweep, *SIZE, *TWO_AT_ONCE, timeout_s=3600)
+        sweep = [*SIZE, *words.split(), f"subject.class_noun={','.join(SUBJECTS)}", f"output_dir={folder}"]
+        result = typed("-m", *sweep, *TWO_AT_ONCE, timeout_s=3600)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     for run in [read_run(path.parent) for path in sorted(folder.glob("default/*/run.json"))]:
         arm = "with prior" if run.config.prior.name == "class_images" else "wrong noun" if run.config.subject.prompt_noun else "without"
