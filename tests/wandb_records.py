@@ -15,7 +15,6 @@ def read_offline_run(folder: Path, timeout_s: float = 30) -> dict[str, Any]:
 
     W&B's own process writes on after `finish`, a block at a time: read again until the exit record, the last one, is there whole.
     """
-    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2 as wandb_pb
 
     path = next(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -24,10 +23,7 @@ def read_offline_run(folder: Path, timeout_s: float = 30) -> dict[str, Any]:
         found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "exit": False}
         for data in _records(path.read_bytes()):
             record = wandb_pb.Record()
-            try:
-                record.ParseFromString(data)
-            except DecodeError:  # its bytes are not all there yet
-                break
+            record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 found["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
