@@ -177,6 +177,8 @@ class ContinueState(pl.Callback):
             return
         self.run.confirm()
         write_state(trainer, self.path)
+        if trainer.is_global_zero:
+            self.run.update()  # the seconds that this state took: a run that is continued from it has cost them
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the losses of the step: Lightning logs them after this, and a kill in between must not lose them."""

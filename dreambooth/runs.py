@@ -41,7 +41,8 @@ class RunFolder:
 
     def __init__(self, path: Path, record: dict[str, Any], claim: Claim | None = None) -> None:
         self.path, self.record, self.claim = path, record, claim
-        self._parts: list[str] = []  # clocks that run, outermost first
+        self._parts: list[str] = []  # clocks that run, outermost first; time goes to the innermost
+        self._counted = 0.0  # up to when it has been given out
 
     @property
     def status(self) -> str:
@@ -60,12 +61,13 @@ class RunFolder:
         return path if path.is_file() else None
 
     def update(self, **fields: Any) -> None:
-        """Writes fields into run.json.
+        """Writes fields into run.json, with the seconds until now.
 
         Raises:
             ClaimLost: the folder is another process's by now; nothing is written.
         """
         self.confirm()
+        self._count()
         self.record |= fields
         write_json(self.path / "run.json", self.record)
 
@@ -80,17 +82,21 @@ class RunFolder:
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `seconds.<part>`, and takes them from the part around it; kept at the next `update`."""
-        start = time.perf_counter()
+        """Adds the seconds spent inside to `seconds.<part>`, and none of them to the part around it; kept at the next `update`."""
+        self._count()
         self._parts.append(part)
         try:
             yield
         finally:
+            self._count()
             self._parts.pop()
-            seconds, spent = self.record.setdefault("seconds", {}), time.perf_counter() - start
-            seconds[part] = round(seconds.get(part, 0.0) + spent, 2)
-            if self._parts:
-                seconds[self._parts[-1]] = round(seconds.get(self._parts[-1], 0.0) - spent, 2)
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._parts:
+            seconds = self.record.setdefault("seconds", {})
+            seconds[self._parts[-1]] = round(seconds.get(self._parts[-1], 0.0) + now - self._counted, 4)
+        self._counted = now
 
     def finish(self, status: str, error: str | None = None, **fields: Any) -> None:
         """Closes the run as "done" or "failed" with the reason."""

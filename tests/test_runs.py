@@ -180,6 +180,16 @@ def test_clock_counts_no_second_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.record["seconds"] == {"evaluation": 4.0, "training": 6.0}
 
 
+def test_update_in_the_middle_of_a_part_keeps_its_seconds_until_then_and_none_is_counted_twice(config, monkeypatch) -> None:
+    run = open_run(config, **DIGESTS)
+    now = iter([0.0, 3.0, 4.0, 7.0, 10.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(now))
+    with run.clock("training"), run.clock("evaluation"):
+        run.update()
+        assert read_run(run.path).record["seconds"] == {"training": 3.0, "evaluation": 1.0}
+    assert run.record["seconds"] == {"training": 6.0, "evaluation": 4.0}
+
+
 def test_clock_keeps_the_time_of_a_part_that_fails() -> None:
     run = RunFolder(Path("x"), {})
     with pytest.raises(ValueError, match="no"), run.clock("loading"):
