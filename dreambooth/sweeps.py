@@ -176,6 +176,20 @@ def seconds_left(group: Path, jobs: int) -> float | None:
     return jobs * sum(seconds) / len(seconds) / min(1 + others, jobs)
 
 
+def time_left(group: Path, jobs: int, met: int) -> str:
+    """Returns the end of a line that says how long so many jobs will take; "" as long as no run of the group has told.
+
+    Args:
+        group: the folder of the runs.
+        jobs: that the sweep has yet to come to, the one that begins now included.
+        met: finished runs that it came to. Where the group has more, jobs to come may be done already.
+    """
+    seconds = seconds_left(group, jobs)
+    if seconds is None:
+        return ""
+    return f"; {'at most' if len(finished(group)) > met else 'about'} {in_words(seconds)} left"
+
+
 _present: Job | None = None  # the job that this process is at, where somebody wants to know
 
 
@@ -197,10 +211,10 @@ def begin(output_dir: str, group: str) -> None:
     _present, total = Job(number, " ".join(words or given), "cut off", overrides=given), plan.jobs
     if total != 1:
         before = sum(other.state == "done before" for other in seen)
-        closed = sum(other.state in STATES[:4] for other in seen)
-        left = seconds_left(Path(output_dir) / group, total - closed) if total else None
+        met, closed = (sum(other.state in STATES[:last] for other in seen) for last in (2, 4))
+        left = time_left(Path(output_dir) / group, total - closed, met) if total else ""
         place = f"job {number}" + (f" of {total}" if total else "") + (f" ({before} done before)" if before else "")
-        print(f"\n{place}: {_present.words}" + (f"; about {in_words(left)} left" if left is not None else ""))
+        print(f"\n{place}: {_present.words}{left}")
     _write(_present)
 
 

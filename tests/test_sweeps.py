@@ -32,7 +32,7 @@ from dreambooth.errors import UserError
 from dreambooth.evaluation import draw, selection_plan
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.runs import RunFolder, read_run
-from dreambooth.sweeps import Job, SweepStart, jobs_that_fit, read_plan, seconds_left, selection_score, table
+from dreambooth.sweeps import Job, SweepStart, jobs_that_fit, read_plan, seconds_left, selection_score, table, time_left
 
 FEW = [*SMALL, "prior=none", "trainer.max_steps=2", "trainer.eval_every=2", "sampling.steps=1", "evaluation.final_images=1"]
 FEW = [word for word in FEW if not word.startswith("prior.")]
@@ -92,6 +92,13 @@ def test_seconds_left_is_the_mean_of_the_finished_ones_shared_by_all_who_work(tm
     another_owner(tmp_path / "c")
     assert seconds_left(tmp_path, 3) == pytest.approx(225)
     assert seconds_left(tmp_path, 1) == pytest.approx(150)  # one job is not done faster by two
+
+
+def test_time_left_is_an_upper_bound_while_jobs_to_come_may_be_done_already(tmp_path: Path) -> None:
+    assert time_left(tmp_path, 3, met=0) == ""
+    finished_run(tmp_path / "a", 1000)
+    assert time_left(tmp_path, 3, met=0) == "; at most 50 min left"
+    assert time_left(tmp_path, 2, met=1) == "; about 33 min left"
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(40, "40 s"), (89.6, "90 s"), (1380, "23 min"), (11520, "3.2 h")])
