@@ -277,7 +277,10 @@ def test_answer_about_several_arms_begins_with_a_sentence_about_all(write_group:
     assert is_led(study, found) and len(said) == 4
     one = "1 is better in some and worse in none that can be told: prior.weight=2.0 (identity fidelity)"
     rest = "Of the others 1 is better in some and worse in others, 1 is not to be told from it."
-    assert said[0] == f"Of 3 arms held against prior.weight=1.0 in 4 leading scores, {one}. {rest}"
+    over = "The differences to it, with 95% intervals over 3 subjects:"
+    assert said[0] == f"Of 3 arms held against prior.weight=1.0 at the chosen step in 4 leading scores, {one}. {rest} {over}"
+    assert [sentence.partition(":")[0] for sentence in said[1:]] == ["prior.weight=2.0", "prior.weight=3.0", "prior.weight=4.0"]
+    assert not any("intervals over" in sentence for sentence in said[1:])
     markdown, page = (render(make_report(study), f"report.{kind}.jinja") for kind in ("md", "html"))
     assert markdown.count("> - prior.weight=") == page.count("<li>prior.weight=") == 3
     two = study._replace(arms=study.arms[:2], images=study.images[study.images.label.isin(study.arms[:2])])
@@ -286,7 +289,8 @@ def test_answer_about_several_arms_begins_with_a_sentence_about_all(write_group:
 
 def test_answer_about_several_arms_that_are_alike_says_that_none_can_be_told(write_group: Callable[..., Path]) -> None:
     study = read_study([write_group([({"prior.weight": weight}, 0.5, 0.1) for weight in (1.0, 2.0, 3.0)], seeds=(0,))])
-    assert answer(study, compare(study))[0] == "Of 2 arms held against prior.weight=1.0 in 4 leading scores, none can be told from it."
+    said = answer(study, compare(study))[0]
+    assert said.startswith("Of 2 arms held against prior.weight=1.0 at the chosen step in 4 leading scores, none can be told from it.")
 
 
 def test_report_says_in_how_many_runs_no_step_was_within_the_limits(prior_group: Path) -> None:

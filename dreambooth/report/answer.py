@@ -16,12 +16,20 @@ OF_DRAWING = "A way of drawing changes the un-tuned base's pictures too: what wa
 def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
     """Returns the answer: a sentence for each arm, with the paired difference of each leading score, its interval, and what it cannot tell.
 
-    With more than two arms a sentence about all of them comes first; see `is_led`.
+    With more than two arms a sentence about all of them comes first, which says what they are held against and what the intervals are
+    over, so that theirs do not; see `is_led`.
     """
     known = _known(comparisons)
     if not known:
         return ["Nothing can be said: none of the leading scores was measured in the baseline."]
     arms = _others(known, comparisons)
+    over = {arm: _over(known, comparisons, arm) for arm in arms}
+    lead, against = [], f" against {comparisons[known[0].key].baseline}" + (f" at the {STEP_WORDS['best']}" if study.has_arms else "")
+    if is_led(study, comparisons):
+        lead, against = [_lead(against, known, comparisons, arms)], ""
+        if len(set(over.values())) == 1:  # said once
+            lead = [f"{lead[0]} The differences to it, with {over[arms[0]]}:"] if over[arms[0]] else lead
+            over = dict.fromkeys(arms, "")
     sentences = []
     for arm in arms:
         told, untold = [], []
@@ -30,11 +38,9 @@ def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
             if row is not None:
                 words = f"{_lower(info.title)} {_in_words(row, info, study.has_arms, tested(comparisons[info.key]))}"
                 (told if is_told(row.difference) else untold).append(words)
-        where, over = f" at the {STEP_WORDS['best']}" if study.has_arms else "", _over(known, comparisons, arm)
         parts = ["; ".join(told)] if told else []
         parts += [f"it cannot be told whether anything changed in {'; '.join(untold)}"] if untold else []
-        sentences.append(f"{arm} against {comparisons[known[0].key].baseline}{where}: {'; and '.join(parts)}{over}.")
-    lead = [_lead(study.baseline, known, comparisons, arms)] if is_led(study, comparisons) else []
+        sentences.append(f"{arm}{against}: {'; and '.join(parts)}{f' ({over[arm]})' if over[arm] else ''}.")
     return [*lead, *sentences] or ["There is nothing to compare yet: no arm but the baseline has scores."]
 
 
@@ -84,7 +90,7 @@ def _outside(study: Study) -> str | None:
     return f"In {unmet} of {runs} runs{where} {words} The limits are relative to each run's own un-tuned base."
 
 
-def _lead(baseline: str, known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arms: Sequence[str]) -> str:
+def _lead(against: str, known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arms: Sequence[str]) -> str:
     """Returns a sentence about all arms: which are better than the baseline in something and worse in nothing that can be told."""
     better, worse = {arm: [] for arm in arms}, {arm: [] for arm in arms}
     for info in known:
@@ -98,7 +104,7 @@ def _lead(baseline: str, known: Sequence[MetricInfo], comparisons: dict[str, Com
         "not to be told from it": sum(not better[arm] and not worse[arm] for arm in arms),
     }
     rest = ", ".join(f"{count} {'is' if count == 1 else 'are'} {words}" for words, count in counts.items() if count)
-    held = f"Of {len(arms)} arms held against {baseline} in {len(known)} leading score{'' if len(known) == 1 else 's'}"
+    held = f"Of {len(arms)} arms held{against} in {len(known)} leading score{'' if len(known) == 1 else 's'}"
     if counts["not to be told from it"] == len(arms):
         return f"{held}, none can be told from it."
     if not best:
@@ -129,10 +135,10 @@ def _in_words(row: ArmRow, info: MetricInfo, is_arm: bool, arms: int) -> str:
 
 
 def _over(known: Sequence[MetricInfo], comparisons: dict[str, Comparison], arm: str) -> str:
-    """Returns what an arm's intervals are over: " (95% intervals over 4 prompts and 12 images)"; "" if there are none."""
+    """Returns what an arm's intervals are over: "95% intervals over 4 prompts and 12 images"; "" if there are none."""
     rows = [row for info in known for row in comparisons[info.key].rows if row.arm == arm and row.difference and row.difference.low is not None]
     units = dict.fromkeys(f"{row.difference.n} {row.difference.unit}s" for row in rows)
-    return f" (95% intervals over {' and '.join(units)})" if units else ""
+    return f"95% intervals over {' and '.join(units)}" if units else ""
 
 
 def _lower(title: str) -> str:
