@@ -20,8 +20,8 @@ from dreambooth.priors import ClassImages, NoPrior, RecipePrior
 # said, and hardly elsewhere. Eight denoising steps show what fifty do: class and place named right in as many of 120 pictures (0.98 and 1.00),
 # identity features at a cosine of 0.984 to fifty's, 5% less of the finest detail. Of 200 steps of full tuning with the prior the last fifty
 # brought nothing that can be told (15 runs of experiments/methods, selection prompts, mean and 95%: identity fidelity +0.008 +- 0.017, prompt
-# alignment -0.018 +- 0.020, the subject's diversity -0.013 +- 0.010). LoRA, a word alone and pivotal tuning
-# keep 200: their fidelity still rose there (+0.019 +- 0.027, +0.019 +- 0.032, +0.034 +- 0.035), if not by more than chance may do.
+# alignment -0.018 +- 0.020, the subject's diversity -0.013 +- 0.010). LoRA, a word alone and pivotal tuning keep
+# 200: their fidelity still rose there (+0.019 +- 0.027, +0.019 +- 0.032, +0.034 +- 0.035), if not by more than chance may do.
 LAB: dict[str, Any] = {
     "subject.class_noun": "dog",
     "subject.prompt": "a photo of a {subject}",

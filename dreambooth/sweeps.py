@@ -162,14 +162,15 @@ def finished(group: Path) -> list[dict[str, Any]]:
     return records
 
 
-def seconds_left(group: Path, jobs: int) -> float | None:
+def seconds_left(group: Path, done: Sequence[dict[str, Any]], jobs: int) -> float | None:
     """Returns the seconds that so many jobs will take: each as long as the finished ones of the group on average, shared by all who work in it.
 
     Args:
         group: the folder of the runs.
+        done: the records of those that are finished.
         jobs: still to be done, the one that begins now included.
     """
-    seconds = [sum(record.get("seconds", {}).values()) for record in finished(group)]
+    seconds = [sum(record.get("seconds", {}).values()) for record in done]
     if not seconds or not jobs:
         return None
     others = sum(holder(path.parent) is not None for path in group.glob("*/run.json"))
@@ -184,10 +185,11 @@ def time_left(group: Path, jobs: int, met: int) -> str:
         jobs: that the sweep has yet to come to, the one that begins now included.
         met: finished runs that it came to. Where the group has more, jobs to come may be done already.
     """
-    seconds = seconds_left(group, jobs)
+    done = finished(group)
+    seconds = seconds_left(group, done, jobs)
     if seconds is None:
         return ""
-    return f"; {'at most' if len(finished(group)) > met else 'about'} {in_words(seconds)} left"
+    return f"; {'at most' if len(done) > met else 'about'} {in_words(seconds)} left"
 
 
 _present: Job | None = None  # the job that this process is at, where somebody wants to know
@@ -210,8 +212,10 @@ def begin(output_dir: str, group: str) -> None:
     words = [word for word in given if word.split("=")[0].lstrip("+") in plan.varies]
     _present, total = Job(number, " ".join(words or given), "cut off", overrides=given), plan.jobs
     if total != 1:
-        before = sum(other.state == "done before" for other in seen)
-        met, closed = (sum(other.state in STATES[:last] for other in seen) for last in (2, 4))
+        states = [other.state for other in seen]
+        before = states.count("done before")
+        met = before + states.count("done")
+        closed = met + states.count("left out") + states.count("failed")
         left = time_left(Path(output_dir) / group, total - closed, met) if total else ""
         place = f"job {number}" + (f" of {total}" if total else "") + (f" ({before} done before)" if before else "")
         print(f"\n{place}: {_present.words}{left}")

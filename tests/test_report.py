@@ -289,8 +289,8 @@ def test_answer_about_several_arms_begins_with_a_sentence_about_all(write_group:
 
 def test_answer_about_several_arms_that_are_alike_says_that_none_can_be_told(write_group: Callable[..., Path]) -> None:
     study = read_study([write_group([({"prior.weight": weight}, 0.5, 0.1) for weight in (1.0, 2.0, 3.0)], seeds=(0,))])
-    said = answer(study, compare(study))[0]
-    assert said.startswith("Of 2 arms held against prior.weight=1.0 at the chosen step in 4 leading scores, none can be told from it.")
+    held = "Of 2 arms held against prior.weight=1.0 at the chosen step in 4 leading scores, none can be told from it."
+    assert answer(study, compare(study))[0] == f"{held} The differences to it, with 95% intervals over 3 subjects:"
 
 
 def test_report_says_in_how_many_runs_no_step_was_within_the_limits(prior_group: Path) -> None:

@@ -32,7 +32,7 @@ from dreambooth.errors import UserError
 from dreambooth.evaluation import draw, selection_plan
 from dreambooth.metrics_csv import MetricsFile
 from dreambooth.runs import RunFolder, read_run
-from dreambooth.sweeps import Job, SweepStart, jobs_that_fit, read_plan, seconds_left, selection_score, table, time_left
+from dreambooth.sweeps import Job, SweepStart, finished, jobs_that_fit, read_plan, seconds_left, selection_score, table, time_left
 
 FEW = [*SMALL, "prior=none", "trainer.max_steps=2", "trainer.eval_every=2", "sampling.steps=1", "evaluation.final_images=1"]
 FEW = [word for word in FEW if not word.startswith("prior.")]
@@ -84,14 +84,14 @@ def test_read_plan_counts_the_jobs_that_hydra_starts(words: list[str], params: d
 
 
 def test_seconds_left_is_the_mean_of_the_finished_ones_shared_by_all_who_work(tmp_path: Path) -> None:
-    assert seconds_left(tmp_path, 3) is None
+    assert seconds_left(tmp_path, finished(tmp_path), 3) is None
     finished_run(tmp_path / "a", 100)
     finished_run(tmp_path / "b", 200)
     finished_run(tmp_path / "c", 900, status="running")
-    assert seconds_left(tmp_path, 3) == pytest.approx(450)
+    assert seconds_left(tmp_path, finished(tmp_path), 3) == pytest.approx(450)
     another_owner(tmp_path / "c")
-    assert seconds_left(tmp_path, 3) == pytest.approx(225)
-    assert seconds_left(tmp_path, 1) == pytest.approx(150)  # one job is not done faster by two
+    assert seconds_left(tmp_path, finished(tmp_path), 3) == pytest.approx(225)
+    assert seconds_left(tmp_path, finished(tmp_path), 1) == pytest.approx(150)  # one job is not done faster by two
 
 
 def test_time_left_is_an_upper_bound_while_jobs_to_come_may_be_done_already(tmp_path: Path) -> None:

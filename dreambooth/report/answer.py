@@ -27,8 +27,8 @@ def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
     lead, against = [], f" against {comparisons[known[0].key].baseline}" + (f" at the {STEP_WORDS['best']}" if study.has_arms else "")
     if is_led(study, comparisons):
         lead, against = [_lead(against, known, comparisons, arms)], ""
-        if len(set(over.values())) == 1:  # said once
-            lead = [f"{lead[0]} The differences to it, with {over[arms[0]]}:"] if over[arms[0]] else lead
+        if over[arms[0]] and len(set(over.values())) == 1:  # said once
+            lead = [f"{lead[0]} The differences to it, with {over[arms[0]]}:"]
             over = dict.fromkeys(arms, "")
     sentences = []
     for arm in arms:
