@@ -21,13 +21,14 @@ from dreambooth.__main__ import main
 from dreambooth.arms import axes
 from dreambooth.config import Config
 from dreambooth.errors import UserError
-from dreambooth.report.answer import answer, caution, cautions, is_led
+from dreambooth.report.answer import answer, caution, cautions, how_many_steps, is_led
+from dreambooth.report.course import Point, StepsAfter, course, steps_after, steps_after_table
 from dreambooth.report.data import read_header, read_study
 from dreambooth.report.figures import TITLES, Plot, bars, draw_dots, heat_maps, look, paired_dots, subject_differences, trajectories
 from dreambooth.report.page import Report, Section, breakable, make_report, render, write_report
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table, unmet_limits
-from dreambooth.report.tables import Table, clipped, compare, course, verdict
+from dreambooth.report.tables import Table, clipped, compare, verdict
 from dreambooth.statistics.intervals import Interval
 from dreambooth.step_choice import StepScores, choose_step
 
@@ -51,6 +52,11 @@ def written(prior_group: Path, make_config: Callable[..., Config], tmp_path_fact
         write_run(runs / "run-failed", config, status="failed", error="ValueError: loss is <nan>")
         write_report([runs])
     return Written(runs, runs, (runs / "report.html").read_text(), (runs / "report.md").read_text())
+
+
+def at(mean: float) -> Interval:
+    """An interval around a mean."""
+    return Interval(mean, mean - 0.1, mean + 0.1, 5, "subject")
 
 
 class Images(HTMLParser):
@@ -128,6 +134,59 @@ def test_course_has_every_step_of_a_run_and_its_front(prior_group: Path) -> None
     assert [(point.arm, point.step) for point in points] == [(arm, step) for arm in ("prior=class_images", "prior=none") for step in STEPS]
     assert [(point.arm, point.step) for point in points if point.on_front] == [("prior=none", 10)]  # best in both: 0.7 and 0.29
     assert points[1].values["identity_fidelity"].mean == pytest.approx(0.6)
+
+
+def test_steps_after_one_are_held_against_the_same_run_so_that_what_runs_differ_in_falls_out(prior_group: Path) -> None:
+    found = steps_after(read_study([prior_group]))
+    assert [(one.arm, one.step, one.last) for one in found] == [("prior=class_images", 10, 20), ("prior=none", 10, 20)]
+    gain = found[0].values["identity_fidelity"]
+    assert (gain.mean, gain.low, gain.high) == (pytest.approx(-0.05), pytest.approx(-0.05), pytest.approx(-0.05))  # subjects lie at 0, 0.1 and 0.2
+    assert steps_after_table(found).rows[0] == [
+        "prior=class_images, step 10 to 20",
+        "-0.050 (-0.050 to -0.050)",
+        "-0.010 (-0.010 to -0.010)",
+        "+0.000 (+0.000 to +0.000)",
+    ]
+
+
+def test_steps_after_are_those_that_all_runs_of_an_arm_have(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    more = [{"step": 30.0, "identity_fidelity": 0.9, "prompt_alignment": 0.1, "drift": 0.1}]
+    part = study._replace(runs=[run._replace(course=run.course + more) if run.config.seed == 0 else run for run in study.runs])
+    assert {(one.step, one.last) for one in steps_after(part)} == {(10, 20)}
+    every = study._replace(runs=[run._replace(course=run.course + more) for run in study.runs])
+    assert [(one.step, one.last) for one in steps_after(every)] == [(10, 30), (20, 30)] * 2
+
+
+def test_nothing_is_said_of_steps_with_too_few_subjects_or_a_single_step(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    two = study._replace(runs=[run for run in study.runs if run.subject != "vase"])
+    one_step = study._replace(runs=[run._replace(course=run.course[:2]) for run in study.runs])
+    for few in (two, one_step):
+        assert steps_after(few) == [] and how_many_steps(few, []) is None
+    assert not steps_after_table([]).rows
+
+
+def test_answer_says_from_which_step_on_nothing_more_can_be_told(prior_group: Path, written: Written) -> None:
+    study = read_study([prior_group])
+    said = (
+        "Steps: with prior=class_images, on the selection prompts, identity fidelity still changes after step 10: -0.050 (-0.050 to -0.050); "
+        "prompt alignment still changes after step 10: -0.010 (-0.010 to -0.010); no change up to step 20 can be told in "
+        "drift of the class from step 10 on: +0.000 (+0.000 to +0.000)."
+    )
+    assert how_many_steps(study, steps_after(study)) == said
+    assert said in html.unescape(written.html) and f"> {said}" in written.markdown
+    told, untold = Interval(0.2, 0.1, 0.3, 5, "subject"), Interval(0.1, -0.1, 0.3, 5, "subject")
+    by_step = [StepsAfter(study.baseline, 50 * (k + 1), 250, {"drift": gain}) for k, gain in enumerate((untold, told, untold, untold))]
+    assert "no change up to step 250 can be told in drift of the class from step 150 on: +0.100" in str(how_many_steps(study, by_step))
+
+
+def test_crowded_course_numbers_the_first_the_last_and_the_front_alone(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    points = [Point(study.baseline, k, {"identity_fidelity": at(0.1 * k), "prompt_alignment": at(0.9)}, on_front=k == 5) for k in range(1, 15)]
+    few, many = (trajectories(study, some)[1].svg for some in (points[:12], points))
+    assert set(range(1, 13)) <= {int(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", few)}
+    assert {int(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", many)} == {1, 5, 14}
 
 
 def test_subject_difference_is_of_the_same_prompt_and_noise(prior_group: Path) -> None:
@@ -331,7 +390,7 @@ def test_interval_of_a_bounded_score_ends_where_the_score_does(prior_group: Path
 
 def test_page_escapes_what_comes_from_outside() -> None:
     report = Report(
-        "a <b>", "<script>", ["x < y"], None, "", {"Expected": "<i>"}, [Section("<u>", [], [], [Table("<p>", "<q>", ["<s>"], [["<em>"]])])]
+        "a <b>", "<script>", ["x < y"], "<em>", None, "", {"Expected": "<i>"}, [Section("<u>", [], [], [Table("<p>", "<q>", ["<s>"], [["<em>"]])])]
     )
     assert not re.findall(r"<(?:b|script|i|u|q|s|em)>", render(report, "report.html.jinja"))
 
@@ -423,6 +482,24 @@ def test_dots_of_many_arms_lie_in_the_band_of_their_subject_and_inside_the_axes(
     assert all(abs(y - band) < 0.5 and low < y < high for (_, band), y in heights.items())
     left, right = ax.get_xlim()
     assert all(left < x < right for line in lines for x in line.get_xdata())
+
+
+def test_numbers_below_the_dots_stand_apart() -> None:
+    found = pd.DataFrame(
+        [("a", subject, gain) for subject, gain in (("cat-913", -0.062), ("dog", 0.137))], columns=["label", "subject", "difference"]
+    )
+    figure = Figure(figsize=(4.8, 3.7), layout="constrained")
+    ax = figure.subplots()
+    draw_dots(found, {"a": look(1)}, "difference", ax)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.get_xticklabels() if ax.get_xlim()[0] <= text.get_position()[0] <= ax.get_xlim()[1]]
+    assert len(boxes) >= 3 and all(left.x1 + 4 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
+def test_dots_say_which_side_is_better(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    sides = {key: str(paired_dots(study, key)).split("further ")[1].split(" is better")[0] for key in ("identity_fidelity", "drift")}
+    assert sides == {"identity_fidelity": "right", "drift": "left"}
 
 
 def test_arm_looks_the_same_in_the_dots_as_in_the_course_and_many_make_the_drawing_taller(write_group: Callable[..., Path]) -> None:

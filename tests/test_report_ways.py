@@ -12,12 +12,13 @@ from written_runs import SHOWN, SUBJECTS, write_final_pictures
 
 from dreambooth.__main__ import main
 from dreambooth.report.answer import cautions
+from dreambooth.report.course import course
 from dreambooth.report.data import Study, read_study
 from dreambooth.report.figures import TITLES, bars, base_marks, paired_dots, trajectories
 from dreambooth.report.page import make_report, render
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table, reproducibility, unmet_limits
-from dreambooth.report.tables import compare, course, score_tables
+from dreambooth.report.tables import compare, score_tables
 from dreambooth.report.truth import each_once
 from dreambooth.report.ways import trade_off, way_maps
 from dreambooth.runs import read_run

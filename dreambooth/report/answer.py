@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.report.course import StepsAfter
 from dreambooth.report.data import Study
 from dreambooth.report.record import unmet_limits
-from dreambooth.report.tables import ANSWERING, SHOWN_P, STEP_WORDS, can_test, is_told, tested, verdict
+from dreambooth.report.tables import ANSWERING, SHOWN_P, STEP_WORDS, can_test, is_told, signed, tested, verdict
 from dreambooth.statistics.comparison import ArmRow, Comparison
 from dreambooth.statistics.intervals import FEWEST_UNITS, fewest_words
 
+TITLES = {info.key: info.title for info in METRICS}
 MOST_NAMED = 3  # arms that a caution counts one by one
 OF_DRAWING = "A way of drawing changes the un-tuned base's pictures too: what was learned is the difference to the base that was drawn the same way."
 
@@ -42,6 +44,28 @@ def answer(study: Study, comparisons: dict[str, Comparison]) -> list[str]:
         parts += [f"it cannot be told whether anything changed in {'; '.join(untold)}"] if untold else []
         sentences.append(f"{arm}{against}: {'; and '.join(parts)}{f' ({over[arm]})' if over[arm] else ''}.")
     return [*lead, *sentences] or ["There is nothing to compare yet: no arm but the baseline has scores."]
+
+
+def how_many_steps(study: Study, found: Sequence[StepsAfter]) -> str | None:
+    """Returns from which step on no more change can be told in the baseline, and what may still have changed; None where that is not known.
+
+    Args:
+        study: the runs.
+        found: of `steps_after`.
+    """
+    own = [one for one in found if one.arm == study.baseline]
+    if not own:
+        return None
+    still, held = [], []
+    for key in own[0].values:
+        name, told = _lower(TITLES[key]), [one for one in own if is_told(one.values[key])]
+        if told and told[-1] is own[-1]:
+            still.append(f"{name} still changes after step {own[-1].step}: {signed(own[-1].values[key])}")
+        else:
+            first = own[own.index(told[-1]) + 1] if told else own[0]
+            held.append(f"{name} from step {first.step} on: {signed(first.values[key])}")
+    parts = [*still, *([f"no change up to step {own[0].last} can be told in {'; in '.join(held)}"] if held else [])]
+    return f"Steps: with {study.baseline}, on the selection prompts, {'; '.join(parts)}."
 
 
 def is_led(study: Study, comparisons: dict[str, Comparison]) -> bool:

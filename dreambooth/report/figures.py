@@ -12,8 +12,9 @@ import pandas as pd
 from dreambooth.arms import axes
 from dreambooth.combined_scores import BASE
 from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.report.course import Point
 from dreambooth.report.data import Study
-from dreambooth.report.tables import ANSWERING, Point
+from dreambooth.report.tables import ANSWERING
 from dreambooth.statistics.comparison import Comparison
 from dreambooth.statistics.intervals import Interval, hierarchical_interval
 
@@ -22,7 +23,7 @@ MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")  # 
 INK = "#1c1b1a"  # becomes the page's own text colour
 ROW, TALLEST = 0.1, 12.0  # inches: of a row of dots, of a drawing of them
 UNDER_BARS = 46  # characters that stand side by side below them; longer names go to the legend
-ALL_STEPS_UP_TO = 6  # arms of which every step is numbered in a drawing; of more, only the first and the last
+ALL_NUMBERED_UP_TO = 12  # points that are all numbered in a drawing; of more, each arm's first and last and those on the front
 X, Y = "prompt_alignment", "identity_fidelity"  # of the course
 RATE = "optim.learning_rate"
 TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}
@@ -76,7 +77,7 @@ def _draw_trajectory(study: Study, points: Sequence[Point], has_whiskers: bool, 
             ax.errorbar(xs, ys, *reach, fmt="none", ecolor=look(k)["color"], elinewidth=0.8, alpha=0.4)
         ax.plot(xs, ys, label=arm, **look(k))
         for p, x, y in zip(own, xs, ys, strict=True):
-            if p is own[0] or p is own[-1] or (not has_whiskers and len(study.arms) <= ALL_STEPS_UP_TO):
+            if p is own[0] or p is own[-1] or (not has_whiskers and (p.on_front or len(points) <= ALL_NUMBERED_UP_TO)):
                 ax.annotate(str(p.step), (x, y), (5, 5) if k % 2 else (5, -12), textcoords="offset points", fontsize=8, color=look(k)["color"])
     front = sorted((p.values[X].mean, p.values[Y].mean) for p in points if p.on_front)
     ax.plot(*zip(*front, strict=True), color=INK, lw=0.8, ls=":", marker="o", ms=11, mfc="none", label="Pareto front") if front else None
@@ -143,7 +144,9 @@ def paired_dots(study: Study, key: str) -> Plot | None:
     looks = {arm: look(study.arms.index(arm) if arm in study.arms else k) for k, arm in enumerate(dict.fromkeys(found.label), 1)}
     draw, height = partial(draw_dots, found, looks, label), min(TALLEST, ROW * found.subject.nunique() * len(looks))
     values = "; ".join(f"{row.subject}, {row.label} {row.difference:+.2f}" for row in found.itertuples())
-    caption = f"One dot a subject and arm, paired by prompt and noise, sorted; {TITLES[key].direction} is better."
+    caption = (
+        f"One dot a subject and arm, paired by prompt and noise, sorted; further {'right' if TITLES[key].direction == 'up' else 'left'} is better."
+    )
     return make_plot(f"subjects_{key}", f"{TITLES[key].title} by subject", caption, f"Difference to {baseline}: {values}.", draw, height)
 
 
@@ -168,6 +171,7 @@ def draw_dots(found: pd.DataFrame, looks: Mapping[str, dict[str, Any]], label: s
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(-0.5, len(order) - 0.5)
     ax.set_xlabel(label)
+    ax.locator_params(axis="x", nbins=5)  # small differences have long numbers
 
 
 def subject_differences(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> pd.DataFrame | None:

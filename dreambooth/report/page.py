@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from dreambooth import __version__
 from dreambooth.errors import UserError
 from dreambooth.files import write_text, write_with
-from dreambooth.report.answer import answer, cautions, is_led
+from dreambooth.report.answer import answer, cautions, how_many_steps, is_led
+from dreambooth.report.course import Point, course, course_table, steps_after, steps_after_table
 from dreambooth.report.data import Study, read_study
 from dreambooth.report.figures import Plot, bars, heat_maps, paired_dots, trajectories
 from dreambooth.report.pictures import Panel, data_uri, panels, sheet
 from dreambooth.report.published import beside_the_paper
 from dreambooth.report.record import cost_table, left_out_table, reproducibility
-from dreambooth.report.tables import ANSWERING, Point, Table, compare, course, course_table, score_tables
+from dreambooth.report.tables import ANSWERING, Table, compare, score_tables
 from dreambooth.report.truth import truth_tables
 from dreambooth.report.ways import trade_off, way_maps
 
@@ -42,6 +43,7 @@ class Report(NamedTuple):
     title: str
     question: str
     answer: list[str]
+    steps: str | None  # how many were needed
     caution: str | None
     basis: str  # how many runs of what
     header: dict[str, str]
@@ -83,8 +85,8 @@ def write_report(
 def make_report(study: Study, seed: int = 0) -> Report:
     """Returns the report of a study."""
     best, last, alone = compare(study, "best"), compare(study, "final"), study.is_of_drawing_alone
-    points = [] if alone else course(study)
-    tables = score_tables(study, best, last)
+    points, after = ([], []) if alone else (course(study), steps_after(study))
+    tables, by_step = score_tables(study, best, last), [steps_after_table(after), course_table(points)]
     prior = [bars(study, best, "drift", "pres"), bars(study, best, "class_diversity", "div")]
     panel_of = {panel.name: panel for panel in panels(study, seed)}
     grids = [panel for name, panel in panel_of.items() if name.startswith("steps_")]
@@ -92,7 +94,7 @@ def make_report(study: Study, seed: int = 0) -> Report:
     sections = [
         Section("Ways of drawing", [*_there([trade_off(study, best)]), *way_maps(study, best)], _there([panel_of.get("ways")]), []),
         Section("Scores", [], [], [*tables[:2], *([published] if published else [])]),
-        Section("Over the steps of training", _course(study, points), [], [course_table(points)], NO_COURSE if alone else ""),
+        Section("Over the steps of training", _course(study, points), [], by_step, NO_COURSE if alone else ""),
         Section("Pictures on the way", [], grids, []),
         Section("The prior: PRES and DIV", _there(prior), _there([panel_of.get("class_drift")]), []),
         Section("Subject by subject", _there([paired_dots(study, key) for key in ANSWERING]), [], [tables[-1]]),
@@ -106,7 +108,8 @@ def make_report(study: Study, seed: int = 0) -> Report:
     title = ", ".join(study.groups)
     sections = [one for one in sections if one.words or one.plots or one.panels or any(table.rows for table in one.tables)]
     beside = " ".join(cautions(study, best)) or None
-    return Report(title, _question(study), answer(study, best), beside, _basis(study), study.header, sections, is_led(study, best))
+    steps, is_of_all = how_many_steps(study, after), is_led(study, best)
+    return Report(title, _question(study), answer(study, best), steps, beside, _basis(study), study.header, sections, is_of_all)
 
 
 def _course(study: Study, points: Sequence[Point]) -> list[Plot]:

@@ -16,7 +16,7 @@ from dreambooth.grids import image_grid
 from dreambooth.report.data import ScoredRun, Study
 
 LARGEST_PX = 256  # in the page; larger pictures are made smaller, small ones stay as they are
-MOST_STEPS, MOST_COLUMNS = 6, 6
+MOST_STEPS, MOST_COLUMNS = 8, 6
 
 
 class Picture(NamedTuple):

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -37,15 +36,6 @@ class Table(NamedTuple):
     note: str
     header: list[str]
     rows: list[list[str]]
-
-
-class Point(NamedTuple):
-    """One arm at one step of training, on the selection prompts, over its subjects and seeds."""
-
-    arm: str
-    step: int
-    values: dict[str, Interval]  # by the key of the score
-    on_front: bool = False  # no other tuned point is better in fidelity and not worse in alignment, nor the other way round
 
 
 def compare(study: Study, step: str = "best") -> dict[str, Comparison]:
@@ -128,31 +118,6 @@ def score_tables(study: Study, best: dict[str, Comparison], last: dict[str, Comp
         tables.append(_differences("Differences at the last step", last))
     kinds = _by_kind(study)
     return [*tables, *([kinds] if kinds else []), _by_subject(study, best)]
-
-
-def course(study: Study) -> list[Point]:
-    """Returns the points of every arm's course, in order of steps, with the Pareto front of fidelity and alignment among tuned ones."""
-    points = []
-    for arm in study.arms:
-        rows = pd.DataFrame([row | {"subject": run.subject, "seed": run.config.seed} for run in study.of_arm(arm) for row in run.course])
-        for step, at in rows.groupby("step") if len(rows) else ():
-            keys = [key for key in ANSWERING if key in at.columns and at[key].notna().any()]
-            points.append(Point(arm, int(step), {key: clipped(hierarchical_interval(at[key], at.subject, at.seed), key) for key in keys}))
-    placed = {k: tuple(p.values[key].mean for key in ANSWERING[:2]) for k, p in enumerate(points) if p.step and set(ANSWERING[:2]) <= set(p.values)}
-    front = {k for k, own in placed.items() if not any(_dominates(other, own) for other in placed.values())}
-    return [point._replace(on_front=k in front) for k, point in enumerate(points)]
-
-
-def course_table(points: Sequence[Point]) -> Table:
-    """Returns the table of the course: what the drawing of it shows."""
-    titles = {info.key: info.title for info in METRICS}
-    header = ["arm and step", *(titles[key] for key in ANSWERING), "Pareto front"]
-    rows = [
-        [f"{p.arm}, step {p.step}", *(short(p.values[key]) if key in p.values else "-" for key in ANSWERING), "yes" if p.on_front else ""]
-        for p in points
-    ]
-    note = "On the selection prompts, those that choose the step; the other tables are on prompts that chose nothing."
-    return Table("Scores by step of training", note, header, rows)
 
 
 def _compare_one(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> Comparison | None:
@@ -255,10 +220,6 @@ def signed(d: Interval | None) -> str:
     if d is None:
         return ""
     return f"{d.mean:+.3f}" + (f" ({d.low:+.3f} to {d.high:+.3f})" if d.low is not None else f" (no interval: {d.n} {d.unit}s)")
-
-
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
 
 
 def _p(value: float) -> str:
