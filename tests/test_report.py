@@ -28,7 +28,7 @@ from dreambooth.report.figures import TITLES, Plot, bars, draw_dots, heat_maps, 
 from dreambooth.report.page import Report, Section, breakable, make_report, render, write_report
 from dreambooth.report.pictures import panels
 from dreambooth.report.record import cost_table, unmet_limits
-from dreambooth.report.tables import Table, clipped, compare, verdict
+from dreambooth.report.tables import Table, clipped, compare, own_yardsticks, score_tables, verdict
 from dreambooth.statistics.intervals import Interval
 from dreambooth.step_choice import StepScores, choose_step
 
@@ -430,6 +430,28 @@ def test_base_is_one_row_for_all_arms_that_drew_the_same(prior_group: Path) -> N
     three = study._replace(arms=[*study.arms, "other"], images=pd.concat([study.images, study.images.assign(label="other")]))
     moved = three.images.assign(identity=three.images.identity + 0.1 * (three.images.label == "other"))
     assert set(three._replace(images=moved).base.label) == {"un-tuned base of prior=class_images, prior=none", "un-tuned base of other"}
+
+
+def test_base_that_is_scored_alike_but_for_rounding_is_one_row(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    noise = 6e-8 * (study.images.label == "prior=none")
+    assert set(study._replace(images=study.images.assign(identity=study.images.identity + noise)).base.label) == {"un-tuned base"}
+
+
+def test_score_that_rests_on_each_arms_own_photos_is_not_compared(prior_group: Path) -> None:
+    study = read_study([prior_group])
+    assert own_yardsticks(study) == []
+    images, other = study.images, study.images.label == "prior=none"
+    sharper = images.assign(sharpness=np.where(other, 1.2, 0.9), memorisation=-0.1)
+    found = study._replace(images=sharper)
+    assert own_yardsticks(found) == ["sharpness"]
+    tables = {table.title: table for table in score_tables(found, compare(found), compare(found, "final"))}
+    words = {row[0]: row[-1] for row in tables["Differences, each minus prior=class_images"].rows}
+    assert words["Sharpness"] == "not comparable: each arm's own photos are the yardstick"
+    assert "yardstick" not in words["Memorisation"] + words["Drift of the class"]
+    assert "they make Sharpness 0.900 (prior=class_images), 1.200 (prior=none). In this score arms cannot be compared." in tables["Scores"].note
+    drawn_otherwise = found._replace(images=sharper.assign(alignment=images.alignment + 0.1 * other))
+    assert own_yardsticks(drawn_otherwise) == []  # other pictures, so that nothing is known of the photos
 
 
 def test_two_subjects_are_said_to_be_too_few(prior_group: Path) -> None:

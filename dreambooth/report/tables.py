@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
 from dreambooth.combined_scores import BASE, REFERENCE_WORDS
 from dreambooth.metrics.table import METRICS, PAIRWISE, MetricInfo
-from dreambooth.report.data import Study
+from dreambooth.report.data import SAME, Study
 from dreambooth.scoring import pair_mean_pseudovalues
 from dreambooth.statistics.comparison import ArmRow, Comparison, compare_arms
 from dreambooth.statistics.intervals import FEWEST_UNITS, Interval, bootstrap_interval, describe, hierarchical_interval
@@ -26,6 +27,7 @@ RANGES = {  # of bounded scores; a resampled mean may be set out over their ends
     **dict.fromkeys(("true_identity", "true_context", "other_class_color_drift"), (0.0, 1.0)),
     **dict.fromkeys(("sharpness", "lpips_diversity"), (0.0, math.inf)),
 }
+OWN_YARDSTICK = "not comparable: each arm's own photos are the yardstick"
 STEP_WORDS = {"best": "chosen step", "final": "last step"}
 
 
@@ -72,6 +74,20 @@ def _within_range(comparison: Comparison) -> Comparison:
     return comparison._replace(rows=rows)
 
 
+def own_yardsticks(study: Study) -> list[str]:
+    """Returns the keys of the scores in which arms differ for one and the same picture of the un-tuned base, so that they compare nothing else.
+
+    Some scores are measured from the photos that a run was trained on, and arms may have different ones.
+    """
+    base, found = study.images[study.images.arm == "base"], []
+    for info in METRICS if study.has_arms else ():
+        rows = base[base.kind == info.kind]
+        if info.column in rows.columns:
+            of_picture = rows.groupby(["subject", "template", "k", rows.alignment.round(3)], dropna=False)[info.column]
+            found += [info.key] if (of_picture.max() - of_picture.min() > SAME).any() else []
+    return found
+
+
 def is_told(difference: Interval | None) -> bool:
     """Tells whether a difference has an interval that leaves out 0."""
     return difference is not None and difference.low is not None and not difference.low <= 0 <= difference.high
@@ -113,9 +129,10 @@ def verdict(row: ArmRow, info: MetricInfo, is_arm: bool, arms: int = 1) -> str:
 
 def score_tables(study: Study, best: dict[str, Comparison], last: dict[str, Comparison]) -> list[Table]:
     """Returns the tables of scores: means with reference rows, paired differences, kinds of prompt, subjects."""
-    tables = [_means(study, best, last), _differences("Differences", best)]
+    own = own_yardsticks(study)
+    tables = [_means(study, best, last, own), _differences("Differences", best, own)]
     if study.has_arms:
-        tables.append(_differences("Differences at the last step", last))
+        tables.append(_differences("Differences at the last step", last, own))
     kinds = _by_kind(study)
     return [*tables, *([kinds] if kinds else []), _by_subject(study, best)]
 
@@ -136,7 +153,7 @@ def _compare_one(rows: pd.DataFrame, info: MetricInfo, baseline: str) -> Compari
     return compare_arms(rows.rename(columns={"noise": "image"}), info.key, baseline, arm="label", cluster="image", pairs=("subject", "prompt"))
 
 
-def _means(study: Study, best: dict[str, Comparison], last: dict[str, Comparison]) -> Table:
+def _means(study: Study, best: dict[str, Comparison], last: dict[str, Comparison], own: Sequence[str]) -> Table:
     """Returns the mean of every headline score of the arms, with reference rows above."""
     shown = [info for info in METRICS if info.is_headline and info.key in best]
     rows = [[REFERENCE_WORDS.get(name, name), *(_reference(study, name, info) for info in shown)] for name in study.runs[0].scores["references"]]
@@ -148,11 +165,27 @@ def _means(study: Study, best: dict[str, Comparison], last: dict[str, Comparison
             cells = [next((short(row.mean) for row in comparisons[info.key].rows if row.arm == arm), "-") for info in shown]
             rows.append([f"{arm}, {STEP_WORDS[step]}" if step else arm, *cells])
     note = f"Means over images, then runs, then subjects, on prompts that chose nothing. {best[shown[0].key].sentence}" if shown else ""
+    note += _yardsticks(study, [info for info in shown if info.key in own])
     header = ["", *(f"{info.title} ({'higher' if info.direction == 'up' else 'lower'} is better)" for info in shown)]
     return Table("Scores", note, header, rows)
 
 
-def _differences(title: str, comparisons: dict[str, Comparison]) -> Table:
+def _yardsticks(study: Study, shown: Sequence[MetricInfo]) -> str:
+    """Returns what arms with photos of their own make of the same pictures, as a sentence; "" where there is no such score."""
+    if not shown:
+        return ""
+    base = study.images[study.images.arm == "base"]
+    parts = [
+        f"{info.title} {', '.join(f'{_macro(base[(base.label == arm) & (base.kind == info.kind)], info).split()[0]} ({arm})' for arm in study.arms)}"
+        for info in shown
+    ]
+    return (
+        f" Measured from each arm's own training photos, which differ: of the same pictures of the un-tuned base they make "
+        f"{'; '.join(parts)}. In {'this score' if len(parts) == 1 else 'these scores'} arms cannot be compared."
+    )
+
+
+def _differences(title: str, comparisons: dict[str, Comparison], own: Sequence[str]) -> Table:
     """Returns the paired difference of each arm to the baseline for every headline score, with its test and what it says."""
     rows, sentence, baseline = [], "", ""
     for info in METRICS:
@@ -162,7 +195,8 @@ def _differences(title: str, comparisons: dict[str, Comparison]) -> Table:
         sentence, baseline = sentence or comparison.sentence, comparison.baseline
         for row in comparison.rows[1:]:
             p = [_p(row.test.p), _p(row.holm_p)] if row.test else ["", ""]
-            rows.append([info.title, row.arm, signed(row.difference), *p, verdict(row, info, baseline != BASE, tested(comparison))])
+            words = OWN_YARDSTICK if info.key in own else verdict(row, info, baseline != BASE, tested(comparison))
+            rows.append([info.title, row.arm, signed(row.difference), *p, words])
     note = f"{sentence} {BY_INTERVAL_WORDS}" if any(BY_INTERVAL in cell for row in rows for cell in row) else sentence
     return Table(f"{title}, each minus {baseline}", note, ["score", "arm", "difference", "p", "p (Holm)", "in words"], rows)
 
