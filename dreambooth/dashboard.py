@@ -50,7 +50,7 @@ def send_report(study: Study, report: Report, tracking: Tracking, folder: Path) 
             logged[f"report/{plot.name}"] = wandb.Image(Image.open(io.BytesIO(plot.png)), caption=plot.alt)
         for panel in section.panels:
             logged[f"report/{panel.name}"] = wandb.Image(sheet(panel).convert("RGB"), caption=panel.caption)
-    started.summary["answer"] = " ".join([*report.answer, *([report.steps] if report.steps else [])])
+    started.summary["answer"] = " ".join(report.said)
     started.log(logged)
     place = started.url or f"wandb sync {started.dir.removesuffix('/files')}"
     started.finish()
@@ -99,7 +99,7 @@ def online_report(study: Study, report: Report, tracking: Tracking) -> Any:
     """
     ws, wr = _library()
     runs = wr.Runset(entity=_entity(tracking), project=tracking.project, name=report.title, filters=_filters(ws, study))
-    blocks = [wr.MarkdownBlock(text="\n\n".join([f"**{report.question}**", *report.answer, report.steps or "", report.caution or "", report.basis]))]
+    blocks = [wr.MarkdownBlock(text="\n\n".join([f"**{report.question}**", *report.said, report.caution or "", report.basis]))]
     blocks.append(wr.PanelGrid(runsets=[runs], panels=[*_courses(wr), *_trade_offs(wr)]))
     for section in report.sections:
         texts = [_markdown(table.header, table.rows) + (f"\n\n{table.note}" if table.note else "") for table in section.tables if table.rows]

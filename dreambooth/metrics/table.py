@@ -190,3 +190,4 @@ METRICS = (
         behind="other classes have kept less of their colours",
     ),
 )
+TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}

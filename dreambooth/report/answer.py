@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.metrics.table import METRICS, TITLES, MetricInfo
 from dreambooth.report.course import StepsAfter
 from dreambooth.report.data import Study
 from dreambooth.report.record import unmet_limits
@@ -10,7 +10,6 @@ from dreambooth.report.tables import ANSWERING, SHOWN_P, STEP_WORDS, can_test, i
 from dreambooth.statistics.comparison import ArmRow, Comparison
 from dreambooth.statistics.intervals import FEWEST_UNITS, fewest_words
 
-TITLES = {info.key: info.title for info in METRICS}
 MOST_NAMED = 3  # arms that a caution counts one by one
 OF_DRAWING = "A way of drawing changes the un-tuned base's pictures too: what was learned is the difference to the base that was drawn the same way."
 
@@ -58,7 +57,7 @@ def how_many_steps(study: Study, found: Sequence[StepsAfter]) -> str | None:
         return None
     still, held = [], []
     for key in own[0].values:
-        name, told = _lower(TITLES[key]), [one for one in own if is_told(one.values[key])]
+        name, told = _lower(TITLES[key].title), [one for one in own if is_told(one.values[key])]
         if told and told[-1] is own[-1]:
             still.append(f"{name} still changes after step {own[-1].step}: {signed(own[-1].values[key])}")
         else:

@@ -5,12 +5,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from dreambooth.metrics.table import METRICS
-from dreambooth.report.data import Study
+from dreambooth.metrics.table import TITLES
+from dreambooth.report.data import ScoredRun, Study
 from dreambooth.report.tables import ANSWERING, Table, clipped, short, signed
 from dreambooth.statistics.intervals import FEWEST_UNITS, Interval, hierarchical_interval
-
-TITLES = {info.key: info.title for info in METRICS}
 
 
 class Point(NamedTuple):
@@ -26,7 +24,7 @@ def course(study: Study) -> list[Point]:
     """Returns the points of every arm's course, in order of steps, with the Pareto front of fidelity and alignment among tuned ones."""
     points = []
     for arm in study.arms:
-        rows = pd.DataFrame([row | {"subject": run.subject, "seed": run.config.seed} for run in study.of_arm(arm) for row in run.course])
+        rows = _rows(study.of_arm(arm))
         for step, at in rows.groupby("step") if len(rows) else ():
             keys = [key for key in ANSWERING if key in at.columns and at[key].notna().any()]
             points.append(Point(arm, int(step), {key: clipped(hierarchical_interval(at[key], at.subject, at.seed), key) for key in keys}))
@@ -37,7 +35,7 @@ def course(study: Study) -> list[Point]:
 
 def course_table(points: Sequence[Point]) -> Table:
     """Returns the table of the course: what the drawing of it shows."""
-    header = ["arm and step", *(TITLES[key] for key in ANSWERING), "Pareto front"]
+    header = ["arm and step", *(TITLES[key].title for key in ANSWERING), "Pareto front"]
     rows = [
         [f"{p.arm}, step {p.step}", *(short(p.values[key]) if key in p.values else "-" for key in ANSWERING), "yes" if p.on_front else ""]
         for p in points
@@ -65,7 +63,7 @@ def steps_after(study: Study) -> list[StepsAfter]:
     for arm in study.arms:
         runs = [run for run in study.of_arm(arm) if run.course]
         steps = sorted(set.intersection(*({int(row["step"]) for row in run.course if row["step"]} for run in runs))) if runs else []
-        rows = pd.DataFrame([row | {"subject": run.subject, "seed": run.config.seed} for run in runs for row in run.course])
+        rows = _rows(runs)
         if len(steps) < 2 or rows.subject.nunique() < FEWEST_UNITS:
             continue
         at = {step: rows[rows.step == step].set_index(["subject", "seed"]) for step in steps}
@@ -82,7 +80,11 @@ def steps_after_table(found: Sequence[StepsAfter]) -> Table:
         "The last step minus the one named, each run with itself: the same subject, training seed, prompts and noise. 95% intervals over "
         "subjects and seeds; where 0 is inside, it cannot be told whether the steps between changed anything. On the selection prompts."
     )
-    return Table("What the steps after brought", note, ["arm and steps", *(TITLES[key] for key in keys)], rows)
+    return Table("What the steps after brought", note, ["arm and steps", *(TITLES[key].title for key in keys)], rows)
+
+
+def _rows(runs: Sequence[ScoredRun]) -> pd.DataFrame:
+    return pd.DataFrame([row | {"subject": run.subject, "seed": run.config.seed} for run in runs for row in run.course])
 
 
 def _gain(before: "pd.Series[float]", after: "pd.Series[float]", key: str) -> Interval:

@@ -19,6 +19,7 @@ from dreambooth.report.drawn import Drawn, LeftOut, drawn_again, own_pictures
 from dreambooth.runs import RunFolder, read_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+PICTURE = ["subject", "kind", "template", "k"]
 SAME = 1e-4  # scores of the same picture against the same photos; sums in another order differ by less
 ONE_ARM = "these settings"  # the label of the only arm
 
@@ -100,23 +101,23 @@ class Study(NamedTuple):
     def base(self) -> pd.DataFrame:
         """The images of the un-tuned base, once where all arms drew the same; else once for each kind of drawing, as a setting concerns it."""
         base = self.images[self.images.arm == "base"]
-        what = ["subject", "kind", "template", "k"]
         alike: list[list[str]] = []  # arms whose bases drew the same
         for arm in self.arms:
-            same = next((ones for ones in alike if _draw_alike(base[base.label.isin([*ones, arm])], what)), None)
+            same = next((ones for ones in alike if score_alike(base[base.label.isin([*ones, arm])], ["identity", "alignment"])), None)
             if same is None:
                 alike.append([arm])
             else:
                 same.append(arm)
         if len(alike) == 1:
-            return base.drop_duplicates(what).assign(label=BASE, seed=np.nan)
+            return base.drop_duplicates(PICTURE).assign(label=BASE, seed=np.nan)
         names = {arm: f"{BASE} of {', '.join(ones)}" for ones in alike for arm in ones}
-        return base.assign(label=base.label.map(names)).drop_duplicates([*what, "label"]).assign(seed=np.nan)
+        return base.assign(label=base.label.map(names)).drop_duplicates([*PICTURE, "label"]).assign(seed=np.nan)
 
 
-def _draw_alike(base: pd.DataFrame, what: list[str]) -> bool:
-    scores = base.groupby(what)[["identity", "alignment"]]
-    return not (scores.max() - scores.min() > SAME).any(axis=None)
+def score_alike(images: pd.DataFrame, columns: Sequence[str]) -> bool:
+    """Tells whether each picture (of one subject, kind, prompt and noise) has the same scores in all rows, but for rounding."""
+    of_picture = images.groupby(PICTURE)[list(columns)]
+    return not (of_picture.max() - of_picture.min() > SAME).any(axis=None)
 
 
 def read_study(folders: Sequence[str | Path], baseline: str | None = None, is_own_drawing: bool = False) -> Study:

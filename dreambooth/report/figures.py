@@ -11,7 +11,7 @@ import pandas as pd
 
 from dreambooth.arms import axes
 from dreambooth.combined_scores import BASE
-from dreambooth.metrics.table import METRICS, MetricInfo
+from dreambooth.metrics.table import TITLES, MetricInfo
 from dreambooth.report.course import Point
 from dreambooth.report.data import Study
 from dreambooth.report.tables import ANSWERING
@@ -26,7 +26,6 @@ UNDER_BARS = 46  # characters that stand side by side below them; longer names g
 ALL_NUMBERED_UP_TO = 12  # points that are all numbered in a drawing; of more, each arm's first and last and those on the front
 X, Y = "prompt_alignment", "identity_fidelity"  # of the course
 RATE = "optim.learning_rate"
-TITLES: dict[str, MetricInfo] = {info.key: info for info in METRICS}
 STYLE = {"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 11}
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 

@@ -50,6 +50,11 @@ class Report(NamedTuple):
     sections: list[Section]
     has_lead: bool = False  # the first sentence of the answer speaks of all arms, the others of one each
 
+    @property
+    def said(self) -> list[str]:
+        """The answer with what it says of steps, sentence by sentence."""
+        return [*self.answer, *([self.steps] if self.steps else [])]
+
 
 def write_report(
     folders: Sequence[str | Path],

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dreambooth.combined_scores import BASE, REFERENCE_WORDS
 from dreambooth.metrics.table import METRICS, PAIRWISE, MetricInfo
-from dreambooth.report.data import SAME, Study
+from dreambooth.report.data import Study, score_alike
 from dreambooth.scoring import pair_mean_pseudovalues
 from dreambooth.statistics.comparison import ArmRow, Comparison, compare_arms
 from dreambooth.statistics.intervals import FEWEST_UNITS, Interval, bootstrap_interval, describe, hierarchical_interval
@@ -75,17 +75,21 @@ def _within_range(comparison: Comparison) -> Comparison:
 
 
 def own_yardsticks(study: Study) -> list[str]:
-    """Returns the keys of the scores in which arms differ for one and the same picture of the un-tuned base, so that they compare nothing else.
+    """Returns the keys of the scores in which arms differ from the baseline for the very same pictures of the un-tuned base.
 
-    Some scores are measured from the photos that a run was trained on, and arms may have different ones.
+    Some scores are measured from the photos that a run was trained on, and arms may have different ones. Pictures are the same where all of
+    an arm have the same scores of those that need no photo.
     """
-    base, found = study.images[study.images.arm == "base"], []
-    for info in METRICS if study.has_arms else ():
-        rows = base[base.kind == info.kind]
-        if info.column in rows.columns:
-            of_picture = rows.groupby(["subject", "template", "k", rows.alignment.round(3)], dropna=False)[info.column]
-            found += [info.key] if (of_picture.max() - of_picture.min() > SAME).any() else []
-    return found
+    base, found = study.images[study.images.arm == "base"], set()
+    for arm in study.arms[1:]:
+        pair = base[base.label.isin([study.baseline, arm])]
+        if any(run.suffix for run in study.of_arm(arm)) or not score_alike(pair, ["alignment", "diversity"]):
+            continue
+        for info in METRICS:
+            rows = pair[pair.kind == info.kind]
+            if info.column in rows.columns and not score_alike(rows, [info.column]):
+                found.add(info.key)
+    return [info.key for info in METRICS if info.key in found]
 
 
 def is_told(difference: Interval | None) -> bool:
